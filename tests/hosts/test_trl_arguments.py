@@ -1,0 +1,136 @@
+"""`MoeModelConfig`: what each option becomes, and every combination that is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from trl import ModelConfig
+
+from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
+from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
+from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
+
+
+def config_of(**options: Any) -> MoeLoraConfig:
+    return moe_lora_config(MoeModelConfig(peft_type="moe_lora", **options))
+
+
+def test_every_option_reaches_the_config() -> None:
+    given = {
+        "lora_r": 5,
+        "lora_alpha": 7,
+        "lora_dropout": 0.25,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_modules_to_save": ["score"],
+        "lora_task_type": "SEQ_CLS",
+        "use_rslora": True,
+        "moe_target": ["experts", "router"],
+        "moe_expert_r": 3,
+        "moe_expert_alpha": 1.5,
+        "moe_expert_projections": "down",
+        "moe_kernel": "reference",
+        "moe_layers_to_transform": [0, 2],
+        "moe_exclude_modules": ["visual", "lm_head"],
+    }
+    assert set(CONFIG_FIELDS) <= set(given)
+    config = config_of(**given)
+    # PEFT keeps names of modules as sets.
+    expected = {
+        "r": 5,
+        "lora_alpha": 7,
+        "lora_dropout": 0.25,
+        "target_modules": {"q_proj", "v_proj"},
+        "modules_to_save": ["score"],
+        "task_type": "SEQ_CLS",
+        "use_rslora": True,
+        "moe_target": ["experts", "router"],
+        "expert_r": 3,
+        "expert_alpha": 1.5,
+        "expert_projections": "down",
+        "kernel": "reference",
+        "layers_to_transform": [0, 2],
+        "exclude_modules": {"visual", "lm_head"},
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_what_is_not_given_is_the_default_of_the_tuner() -> None:
+    config, default = config_of(), MoeLoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05)
+    assert config.to_dict() == default.to_dict()
+    assert config.kernel == default.kernel
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["q_proj"], {"q_proj"}),
+        ("q_proj", {"q_proj"}),
+        (["self_attn.q_proj"], {"self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+        (["all-linear"], "all-linear"),
+        (None, None),
+    ],
+)
+def test_one_word_is_a_name_and_not_a_regular_expression(given: Any, expected: Any) -> None:
+    assert config_of(lora_target_modules=given).target_modules == expected
+    assert config_of(moe_exclude_modules=given).exclude_modules == expected
+
+
+@pytest.mark.parametrize("spelling", ["moe_lora", "MOE_LORA"])
+def test_peft_type_implies_use_peft(spelling: str) -> None:
+    arguments = MoeModelConfig(peft_type=spelling)
+    assert (arguments.peft_type, arguments.use_peft) == ("moe_lora", True)
+
+
+def test_a_single_value_is_a_list_of_one() -> None:
+    arguments = MoeModelConfig(peft_type="moe_lora", moe_target="experts", moe_layers_to_transform=1)
+    assert (arguments.moe_target, arguments.moe_layers_to_transform) == (["experts"], [1])
+
+
+def test_as_stock_keeps_all_that_trl_knows() -> None:
+    stock = MoeModelConfig(lora_r=3, lora_target_modules=["q"], use_peft=True).as_stock()
+    assert type(stock) is ModelConfig
+    assert stock == ModelConfig(lora_r=3, lora_target_modules=["q"], use_peft=True)
+
+
+# Options, and what the message must say: what is wrong, and the way out.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "moe_lra"}, "moe_lra is unknown; did you mean moe_lora"),
+    ({"peft_type": 3}, "3 is unknown; known: lora, moe_lora"),
+    ({"moe_expert_r": 4}, "--moe_expert_r: no effect, because --peft_type is not given; .* leave it out"),
+    ({"use_peft": True, "moe_target": ["experts"]}, "--moe_target: no effect, because --peft_type is not given"),
+    (
+        {"peft_type": "lora", "moe_expert_r": 4, "moe_kernel": "grouped"},
+        "--moe_expert_r, --moe_kernel: no effect, because --peft_type is lora; .* leave them out",
+    ),
+    ({"peft_type": "moe_lora", "use_dora": True}, "--use_dora .* leave it out, or use --peft_type lora"),
+    ({"peft_type": "moe_lora", "lora_r": 0}, "--lora_r is 0, .* whole number of at least 1"),
+    ({"peft_type": "lora", "lora_r": -2}, "--lora_r is -2"),
+    ({"peft_type": "moe_lora", "moe_expert_r": 0}, "--moe_expert_r is 0"),
+    ({"peft_type": "moe_lora", "moe_expert_r": 2.0}, r"--moe_expert_r is 2\.0"),
+    ({"peft_type": "moe_lora", "moe_expert_r": True}, "--moe_expert_r is True"),
+    ({"peft_type": "moe_lora", "moe_expert_alpha": 0}, "--moe_expert_alpha is 0, .* number above 0"),
+    ({"peft_type": "moe_lora", "moe_expert_alpha": "much"}, "--moe_expert_alpha is 'much'"),
+    ({"peft_type": "moe_lora", "moe_layers_to_transform": []}, "--moe_layers_to_transform .* leave it out"),
+    ({"peft_type": "moe_lora", "moe_layers_to_transform": [0, -1]}, "layer indices from 0"),
+    ({"peft_type": "moe_lora", "moe_target": []}, r"--moe_target is \[\]; use one or more names"),
+    ({"peft_type": "moe_lora", "moe_exclude_modules": [1]}, r"--moe_exclude_modules is \[1\]"),
+    # What only the config or the plug-ins can tell.
+    ({"peft_type": "moe_lora", "moe_target": ["expert"]}, "'expert' is unknown; did you mean experts"),
+    ({"peft_type": "moe_lora", "moe_expert_projections": "up"}, "expert_projections: 'up' is unknown"),
+    ({"peft_type": "moe_lora", "moe_kernel": "group"}, "--moe_kernel group is unknown: .*grouped"),
+    ({"peft_type": "moe_lora", "lora_dropout": 1.5}, "lora_dropout=1.5"),
+    (
+        {"peft_type": "moe_lora", "lora_target_modules": ["all.*"], "moe_layers_to_transform": [0]},
+        "layers_to_transform",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        moe_lora_config(MoeModelConfig(**options))

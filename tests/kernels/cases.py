@@ -1,0 +1,142 @@
+"""Random routed experts of every shape that the kernels must take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
+from trl_moe_ext.kernels.lora_linear import LowRank
+
+
+def swiglu(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def interleaved(h: Tensor) -> Tensor:
+    # The bound is low enough to be hit, and high enough that bfloat16 seldom rounds a value across it.
+    gate, up = h[..., ::2].clamp(max=4.0), h[..., 1::2].clamp(-4.0, 4.0)
+    return (up + 1) * gate * torch.sigmoid(1.7 * gate)
+
+
+def relu_squared(h: Tensor) -> Tensor:
+    return F.relu(h).square()
+
+
+@dataclass
+class Case:
+    """Inputs of one call of `experts_mlp`; `leaves` are those whose gradients are compared."""
+
+    hidden_states: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    weights: ExpertsWeights
+    up: tuple[LowRank, ...]
+    down: tuple[LowRank, ...]
+    grad: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"hidden_states": self.hidden_states, "top_k_weights": self.top_k_weights}
+        for projection, updates in (("up", self.up), ("down", self.down)):
+            for number, update in enumerate(updates):
+                named[f"{projection}[{number}].A"] = update.A
+                named[f"{projection}[{number}].B"] = update.B
+        return named
+
+    def run(self, kernel) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output and every gradient."""
+        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in self.leaves.items()}
+
+        def rebuilt(projection: str, updates: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
+            return tuple(
+                u._replace(A=leaves[f"{projection}[{n}].A"], B=leaves[f"{projection}[{n}].B"])
+                for n, u in enumerate(updates)
+            )
+
+        out = kernel(
+            leaves["hidden_states"],
+            self.top_k_index,
+            leaves["top_k_weights"],
+            self.weights,
+            rebuilt("up", self.up),
+            rebuilt("down", self.down),
+        )
+        gradients = torch.autograd.grad(out, list(leaves.values()), self.grad.to(out.dtype))
+        return out, dict(zip(leaves, gradients, strict=True))
+
+    def double(self) -> Case:
+        """The same numbers in float64."""
+
+        def to(value):
+            if isinstance(value, Tensor):
+                return value.double() if value.is_floating_point() else value
+            if isinstance(value, tuple):
+                converted = [to(item) for item in value]
+                return type(value)(*converted) if hasattr(value, "_fields") else tuple(converted)
+            return value
+
+        return Case(*(to(getattr(self, name)) for name in self.__dataclass_fields__))
+
+
+def make_case(
+    *,
+    T=23,
+    K=2,
+    E=5,
+    H=16,
+    I=12,
+    r=3,
+    dtype=torch.float32,
+    activation=swiglu,
+    transposed=False,
+    bias=False,
+    post_norm=None,
+    adapters=1,
+    dropout=0.0,
+    sentinels=False,
+    seed=0,
+) -> Case:
+    """E != r and no two sizes alike, so that a swapped axis cannot pass."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    up_features = I if activation is relu_squared else 2 * I
+    up = randn(E, H, up_features, scale=H**-0.5) if transposed else randn(E, up_features, H, scale=H**-0.5).mT
+    down = randn(E, I, H, scale=I**-0.5) if transposed else randn(E, H, I, scale=I**-0.5).mT
+
+    def updates(n_in, n_out):
+        return tuple(
+            LowRank(
+                randn(E, r + i, n_in, scale=n_in**-0.5),
+                randn(E, n_out, r + i),
+                0.7 + i,
+                dropout,
+                torch.tensor(1234 + i, dtype=torch.int32) if dropout else None,
+            )
+            for i in range(adapters)
+        )
+
+    index = torch.rand(T, E + (2 if sentinels else 0), generator=g).topk(K, dim=-1).indices
+    return Case(
+        randn(T, H),
+        index,
+        torch.softmax(torch.randn(T, K, generator=g), -1).to(dtype),
+        ExpertsWeights(
+            up,
+            down,
+            randn(E, up_features) if bias else None,
+            randn(E, H) if bias else None,
+            activation,
+            post_norm,
+        ),
+        updates(H, up_features),
+        updates(I, H),
+        randn(T, H),
+    )

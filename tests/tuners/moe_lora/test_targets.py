@@ -1,0 +1,137 @@
+"""The user's words and the modules they mean; a word that means nothing is an error, never a part left untrained."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.families import build, interface_families, other_families
+from trl_moe_ext import MoeLoraConfig
+from trl_moe_ext.errors import ConfigError, LayoutError
+from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
+
+
+def adapted(config, model_type="qwen3_moe"):
+    model = get_peft_model(build(model_type), config)
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def last_words(modules):
+    return {name.rpartition(".")[2] for name in modules}
+
+
+def tiny_llama():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("model_type", interface_families())
+def test_the_default_is_every_expert_and_every_attention_projection(model_type):
+    modules = adapted(MoeLoraConfig(), model_type)
+    experts = [m for m in modules.values() if isinstance(m, MoeLoraExperts)]
+    linears = [name for name, m in modules.items() if not isinstance(m, MoeLoraExperts)]
+    assert experts
+    assert linears
+    assert not any(part in name for name in linears for part in ("router", "shared", "lm_head", "indexer", "mlp."))
+
+
+def test_target_modules_choose_linears_and_experts_come_on_top():
+    modules = adapted(MoeLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert last_words(modules) == {"q_proj", "v_proj", "experts"}
+
+
+def test_expert_parameters_are_as_many_as_with_target_parameters():
+    ours = adapted(MoeLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    stock = get_peft_model(
+        build("qwen3_moe"),
+        LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+        ),
+    )
+    count = sum(p.numel() for m in ours.values() for n, p in m.named_parameters(recurse=True) if "lora_" in n)
+    assert count == sum(p.numel() for p in stock.parameters() if p.requires_grad)
+
+
+def test_experts_can_be_left_out():
+    assert last_words(adapted(MoeLoraConfig(moe_target=["attention"]))) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_experts_alone():
+    assert last_words(adapted(MoeLoraConfig(moe_target=["experts"]))) == {"experts"}
+
+
+def test_shared_experts_and_dense_mlp_are_words_of_their_own():
+    shared = adapted(MoeLoraConfig(moe_target=["shared_experts"]), "deepseek_v3")
+    assert shared
+    assert all("shared_experts" in name for name in shared)
+    dense = adapted(MoeLoraConfig(moe_target=["dense_mlp"]), "deepseek_v3")
+    assert dense
+    assert not any("shared" in name for name in dense)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3", "phimoe"])
+def test_the_router_when_asked_for(model_type):
+    modules = adapted(MoeLoraConfig(moe_target=["router"]), model_type)
+    assert modules
+    assert all("router" in name or "gate" in name for name in modules)
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_layers_to_transform_hold_for_experts_and_linears(layers):
+    modules = adapted(MoeLoraConfig(layers_to_transform=layers))
+    assert modules
+    assert all("layers.1." in name for name in modules)
+
+
+def test_exclude_modules_hold_for_experts_and_linears():
+    modules = adapted(MoeLoraConfig(exclude_modules=["layers.0.mlp.experts", "q_proj"]))
+    assert last_words(modules) == {"experts", "k_proj", "v_proj", "o_proj"}
+    assert not any("layers.0.mlp.experts" in name for name in modules)
+
+
+def test_target_parameters_of_experts_take_the_grouped_path():
+    config = MoeLoraConfig(moe_target=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    modules = adapted(config)
+    assert len(modules) == 2
+    assert all(isinstance(m, MoeLoraExperts) for m in modules.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_porj"]}, "no module is called 'q_porj'; did you mean q_proj"),
+        ({"target_parameters": ["experts.gate_up_porj"]}, "did you mean gate_up_proj"),
+        ({"moe_target": ["shared_experts"]}, "nothing to adapt"),
+        ({"layers_to_transform": [7]}, "nothing to adapt"),
+    ],
+)
+def test_a_word_that_means_nothing_is_an_error(options, message):
+    with pytest.raises(ConfigError, match=message):
+        adapted(MoeLoraConfig(**options))
+
+
+def test_saving_a_whole_experts_module_is_refused():
+    with pytest.raises(ConfigError, match="modules_to_save"):
+        adapted(MoeLoraConfig(modules_to_save=["experts"]))
+
+
+def test_a_dense_model_trains_ordinary_lora_and_says_so():
+    with pytest.warns(UserWarning, match="LlamaForCausalLM has no routed experts: moe_lora trains ordinary LoRA"):
+        model = get_peft_model(tiny_llama(), MoeLoraConfig())
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("model_type", other_families())
+def test_experts_that_cannot_be_read_are_an_error_with_a_way_out(model_type):
+    with pytest.raises(LayoutError, match=r"cannot be adapted yet. Use moe_target=\['attention'\]"):
+        adapted(MoeLoraConfig(), model_type)
+    assert adapted(MoeLoraConfig(moe_target=["attention"]), model_type)

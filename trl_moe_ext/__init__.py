@@ -1,0 +1,32 @@
+"""LoRA on routed experts for TRL and PEFT.
+
+Importing this package imports nothing but the standard library; the public names load on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trl_moe_ext._version import __version__
+
+if TYPE_CHECKING:
+    from trl_moe_ext.tuners.moe_lora import MoeLoraConfig, MoeLoraModel
+
+__all__ = ["MoeLoraConfig", "MoeLoraModel", "__version__"]
+
+_HOME = {
+    "MoeLoraConfig": "trl_moe_ext.tuners.moe_lora",
+    "MoeLoraModel": "trl_moe_ext.tuners.moe_lora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Speed and memory of expert LoRA beside the frozen model and stock PEFT, in one run on the machine at hand."""

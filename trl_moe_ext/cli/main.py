@@ -1,0 +1,65 @@
+"""The entry point of `trl-moe`: global options, the list of sub-commands, and how an error reaches the user."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from trl_moe_ext._version import __version__
+from trl_moe_ext.cli.plugins import plugins
+from trl_moe_ext.cli.upcycle import upcycle
+from trl_moe_ext.errors import MoeExtError
+
+__all__ = ["app", "main"]
+
+# As for the usage errors that the command-line parser finds itself.
+EXIT_CODE = 2
+
+
+class OneLineErrors(TyperGroup):
+    """Shows an error that this package raises on purpose as one line; any other is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except MoeExtError as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"trl-moe: error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(EXIT_CODE) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="LoRA on routed experts for TRL and PEFT: tools beside the `trl` command.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(plugins)
+app.command()(upcycle)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"trl-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="TRL_MOE_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Options that stand before the sub-command."""
+
+
+def main() -> None:
+    """Run the command line; the process exits with 0, with 2 after a user's mistake, or with a traceback."""
+    app()

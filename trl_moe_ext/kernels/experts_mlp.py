@@ -1,0 +1,72 @@
+"""The MLP of routed experts with low-rank updates on its two projections: up, gate, down, weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from trl_moe_ext.kernels.dispatch import Dispatch, combine, sort_by_expert
+from trl_moe_ext.kernels.lora_linear import LowRank, lora_linear
+
+
+class ExpertsWeights(NamedTuple):
+    """The frozen weights of one module of routed experts, and what stands between its two projections.
+
+    Attributes:
+        up: ``(E, H, 2I)`` for gated experts, ``(E, H, I)`` without a gate; a view of any strides.
+        down: ``(E, I, H)``.
+        up_bias, down_bias: ``(E, 2I)`` or ``(E, I)``, and ``(E, H)``; None without biases.
+        activation: from the up projection's ``(S, 2I)`` or ``(S, I)`` to ``(S, I)``.
+        post_norm: applied to each expert's ``(S, H)`` output before the routing weights; None without one.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+    post_norm: Callable[[Tensor], Tensor] | None
+
+
+Updates = tuple[LowRank, ...]
+
+
+def experts_mlp(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: ExpertsWeights,
+    up_updates: Updates,
+    down_updates: Updates,
+) -> Tensor:
+    """Run every token through its experts, with the active adapters' updates of both projections.
+
+    Args:
+        hidden_states: ``(T, H)``.
+        top_k_index: ``(T, K)`` integers, the chosen experts.
+        top_k_weights: ``(T, K)`` routing weights, in their own dtype.
+        weights: the frozen experts.
+        up_updates, down_updates: factors of the active adapters for ``weights.up`` and ``weights.down``.
+
+    Returns:
+        ``(T, H)`` in the dtype of `hidden_states`.
+    """
+    dispatch = sort_by_expert(top_k_index, weights.up.shape[0])
+    h = lora_linear(hidden_states, weights.up, up_updates, dispatch, gather=True)
+    h = weights.activation(_add_bias(h, weights.up_bias, top_k_index, dispatch))
+    y = lora_linear(h, weights.down, down_updates, dispatch)
+    y = _add_bias(y, weights.down_bias, top_k_index, dispatch)
+    if weights.post_norm is not None:
+        y = weights.post_norm(y)
+    return combine(y, top_k_weights, dispatch).to(hidden_states.dtype)
+
+
+def _add_bias(rows: Tensor, bias: Tensor | None, top_k_index: Tensor, dispatch: Dispatch) -> Tensor:
+    if bias is None:
+        return rows
+    expert = top_k_index.reshape(-1)[dispatch.order]
+    # A slot of no expert of this rank has no bias either.
+    served = (expert < bias.shape[0]).unsqueeze(-1)
+    return rows + bias[expert.clamp(max=bias.shape[0] - 1)].to(rows.dtype) * served

@@ -1,0 +1,54 @@
+"""The definition of correct: one expert at a time, in plain torch, with ordinary autograd and explicit masks.
+
+It follows the textbook form ``W x + s B A (m.x)`` and shares nothing with the grouped path but the masks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl_moe_ext.kernels.dropout import keep_mask
+from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates
+from trl_moe_ext.kernels.lora_linear import LowRank
+
+
+def experts_mlp_reference(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: ExpertsWeights,
+    up_updates: Updates,
+    down_updates: Updates,
+) -> Tensor:
+    """As `experts_mlp`, slowly and in the dtype of its inputs; in float64 it is the yardstick of the tests."""
+    top_k = top_k_index.shape[1]
+    dtype = weights.up.dtype
+    out = torch.zeros(hidden_states.shape, dtype=torch.promote_types(dtype, top_k_weights.dtype))
+    out = out.to(hidden_states.device)
+    for expert in range(weights.up.shape[0]):
+        token, slot = torch.where(top_k_index == expert)
+        pairs = token * top_k + slot
+        x = hidden_states[token].to(dtype)
+        h = _linear(x, weights.up, weights.up_bias, up_updates, expert, pairs)
+        y = _linear(weights.activation(h), weights.down, weights.down_bias, down_updates, expert, pairs)
+        if weights.post_norm is not None:
+            y = weights.post_norm(y)
+        out = out.index_add(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
+    return out.to(hidden_states.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Updates, expert: int, pairs: Tensor) -> Tensor:
+    y = F.linear(x, weight[expert].t(), None if bias is None else bias[expert].to(x.dtype))
+    for update in updates:
+        low_rank = F.linear(_masked(x, update, pairs), update.A[expert].to(x.dtype))
+        y = y + update.scaling * F.linear(low_rank, update.B[expert].to(x.dtype))
+    return y
+
+
+def _masked(x: Tensor, update: LowRank, pairs: Tensor) -> Tensor:
+    if update.seed is None or update.dropout == 0.0:
+        return x
+    keep = keep_mask(update.seed, pairs, x.shape[-1], update.dropout).to(x.dtype)
+    return x * keep / (1.0 - update.dropout)

@@ -1,0 +1,75 @@
+"""The summary of a run: a table before the first step, the loss curve and the adapter's place after the last."""
+
+from __future__ import annotations
+
+import atexit
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_moe_ext.reporting.adapted import adapted_table
+from trl_moe_ext.reporting.loss_curve import save_loss_curve
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
+    """Prints on the main process only. The last word comes when the script ends, after it has saved the adapter."""
+
+    def __init__(self) -> None:
+        # soft_wrap: a path must stay copyable, also where the output is no terminal.
+        self.console = Console(soft_wrap=True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Show what will be trained before time is spent on it."""
+        if state.is_world_process_zero:
+            self.console.print(adapted_table(model))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Save the loss curve, and report at the end of the process: the script saves the adapter after this event."""
+        if not state.is_world_process_zero:
+            return
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        curve = output_dir / "loss_curve.png"
+        has_curve = save_loss_curve(state.log_history, curve)
+        table = adapted_table(model)
+        before = _saved_at(output_dir)
+        atexit.register(lambda: self._report(table, state, output_dir, curve if has_curve else None, before))
+
+    def _report(
+        self, table: Any, state: TrainerState, output_dir: Path, curve: Path | None, before: float | None
+    ) -> None:
+        self.console.print()
+        self.console.print(table)
+        self.console.print(_losses(state))
+        if curve:
+            self.console.print(f"Loss curve: {curve}")
+        if _saved_at(output_dir) in (None, before):
+            self.console.print(f"The adapter was not saved to {output_dir}: the script ended before.", style="red")
+            return
+        self.console.print(f"Adapter:    {output_dir / ADAPTER_FILE}")
+        self.console.print(f"Next:       trl-moe ask {shlex.quote(str(output_dir))} 'your question'")
+
+
+def _saved_at(output_dir: Path) -> float | None:
+    """When the adapter file was written, None if there is none."""
+    file = output_dir / ADAPTER_FILE
+    return file.stat().st_mtime if file.exists() else None
+
+
+def _losses(state: TrainerState) -> str:
+    parts = []
+    for name, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        values = [row[name] for row in state.log_history if name in row]
+        if values:
+            parts.append(f"{label} {values[0]:.3f} -> {values[-1]:.3f}")
+    return ", ".join(parts) or "No loss was logged."

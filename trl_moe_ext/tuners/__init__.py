@@ -1,0 +1,1 @@
+"""PEFT tuner types for routed experts, one package each."""

@@ -1,0 +1,58 @@
+"""Is this the adapter that the model expects? Checked before a single weight is loaded."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from torch import Tensor, nn
+
+from trl_moe_ext.errors import AdapterFileError
+
+_SHOWN = 3
+
+
+def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> None:
+    """Compare an adapter's tensors, under the model's own names, with the parameters they are for.
+
+    Args:
+        model: the model with the adapter's factors in place.
+        state: tensors by the names of `model`'s state dict (with or without its PEFT prefix).
+        adapter_name: the adapter that is being loaded.
+
+    Raises:
+        AdapterFileError: tensors are missing, unknown, of another shape, or not finite; the first of them are named.
+    """
+    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+    found = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    problems = [
+        *_listed("missing from the file", sorted(expected.keys() - found.keys())),
+        *_listed("not in the model", sorted(found.keys() - expected.keys())),
+        *_listed("of another shape", _other_shapes(expected, found)),
+    ]
+    if problems:
+        raise AdapterFileError(
+            f"adapter {adapter_name!r} is not for this model: " + "; ".join(problems) + ". Load it on the model that "
+            "base_model_name_or_path in its adapter_config.json names, or check that the file is complete"
+        )
+    broken = [key for key, tensor in found.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterFileError(
+            f"adapter {adapter_name!r} holds NaN or infinite values: {'; '.join(_listed('in', broken))}. Its training "
+            "diverged or the file is damaged; load an earlier checkpoint"
+        )
+
+
+def _other_shapes(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    return [
+        f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & found.keys())
+        if expected[key].shape != found[key].shape
+    ]
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"]

@@ -1,0 +1,126 @@
+"""Options of MOE_LORA, and the refusal of LoRA options that have no meaning on experts."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig, PeftType
+
+from trl_moe_ext.errors import ConfigError, near_matches
+
+TARGET_WORDS = ("experts", "attention", "shared_experts", "dense_mlp", "router")
+PROJECTION_WORDS = ("both", "gate_up", "down")
+
+# Options of LoraConfig that change how a Linear is adapted and that nobody has defined for a stack of experts. An
+# adapter that ignored them on its largest part would not be what was asked for.
+_REFUSED = {
+    "use_dora": "DoRA's magnitude needs the norm of every merged expert weight",
+    "lora_bias": "expert stacks have no bias of a low-rank branch",
+    "fan_in_fan_out": "the orientation of expert weights is read from the module",
+    "bias": "expert biases would stay frozen",
+    "layer_replication": "replicated layers would share one stack of experts",
+    "use_qalora": "it is defined for quantised Linears",
+    "use_bdlora": "it is defined for Linears",
+    "velora_config": "it is defined for Linears",
+    "kasa_config": "it is defined for Linears",
+    "monteclora_config": "it is defined for Linears",
+    "arrow_config": "it is defined for Linears",
+    "alora_invocation_tokens": "expert rows have no position in the sequence",
+    "megatron_config": "Megatron layers are not routed experts of transformers",
+}
+_INITIALISATIONS = (True, False, "gaussian")
+
+
+@dataclass
+class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
+    """Configuration of `MoeLoraModel`: LoRA on routed experts and on ordinary Linears.
+
+    Everything of `peft.LoraConfig` that has a meaning on experts works as there; the rest is refused by name.
+    `target_modules` chooses ordinary Linears only. Routed experts are chosen by `moe_target`.
+
+    Args:
+        moe_target: what to adapt, any of ``experts``, ``attention``, ``shared_experts``, ``dense_mlp``, ``router``.
+            With `target_modules` given, only ``experts`` and ``router`` of it apply. On a model without routed
+            experts, ``experts`` means its dense MLP.
+        expert_r: rank on experts; `r` if None.
+        expert_alpha: alpha on experts; `lora_alpha` if None. The scaling is ``expert_alpha / expert_r``, with rsLoRA
+            ``expert_alpha / sqrt(expert_r)``.
+        expert_projections: ``both``, or only ``gate_up`` (the first projection) or ``down`` (the second).
+        kernel: name of the implementation, see ``trl-moe plugins``. Not saved with the adapter.
+
+    Raises:
+        ConfigError: an option is out of range, unknown, or has no meaning on experts.
+    """
+
+    moe_target: list[str] | str = field(
+        default_factory=lambda: ["experts", "attention"],
+        metadata={"help": "What to adapt: " + ", ".join(TARGET_WORDS)},
+    )
+    expert_r: int | None = field(default=None, metadata={"help": "Rank on routed experts; r if not given"})
+    expert_alpha: float | None = field(
+        default=None, metadata={"help": "Alpha on routed experts; lora_alpha if not given"}
+    )
+    expert_projections: str = field(
+        default="both", metadata={"help": "Which projections of the experts: " + ", ".join(PROJECTION_WORDS)}
+    )
+    kernel: str = field(default="grouped", metadata={"help": "Kernel of the routed experts, see `trl-moe plugins`"})
+
+    def __post_init__(self) -> None:
+        _refuse_meaningless(self)
+        super().__post_init__()
+        self.peft_type = PeftType.MOE_LORA
+        if isinstance(self.moe_target, str):
+            self.moe_target = [self.moe_target]
+        _check_words("moe_target", self.moe_target, TARGET_WORDS)
+        _check_words("expert_projections", [self.expert_projections], PROJECTION_WORDS)
+        for name in ("r", "expert_r"):
+            rank = getattr(self, name)
+            if rank is not None and (not isinstance(rank, int) or rank < 1):
+                raise ConfigError(f"{name}={rank!r} is not a rank; use an integer of at least 1")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
+        if not self.moe_target and not self.target_modules and not self.target_parameters:
+            raise ConfigError("moe_target is empty and no target_modules are given: nothing would be trained")
+        for name in ("expert_r", "expert_alpha"):
+            if getattr(self, name) is not None and not self.adapts_experts:
+                raise ConfigError(
+                    f"{name} has no effect: moe_target={self.moe_target} leaves the experts out; "
+                    f"add 'experts' to moe_target or remove {name}"
+                )
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether routed experts may be adapted: through `moe_target`, `target_modules` or `target_parameters`."""
+        return "experts" in self.moe_target or bool(self.target_modules) or bool(self.target_parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The saved form. The kernel is how this machine computes, not what the adapter is."""
+        saved: dict[str, Any] = super().to_dict()
+        saved.pop("kernel", None)
+        return saved
+
+
+def _refuse_meaningless(config: MoeLoraConfig) -> None:
+    defaults = {f.name: _default(f) for f in fields(LoraConfig)}
+    for name, reason in _REFUSED.items():
+        value = getattr(config, name, None)
+        if value != defaults.get(name):
+            raise ConfigError(
+                f"{name}={value!r} has no meaning with moe_lora: {reason}. Leave it out, or use peft_type lora"
+            )
+    if config.init_lora_weights not in _INITIALISATIONS:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} is not defined on stacks of experts; "
+            "use True (Kaiming), 'gaussian' or False"
+        )
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def _check_words(option: str, words: list[str], known: tuple[str, ...]) -> None:
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"{option}: {word!r} is unknown; {near_matches(str(word), known)}")

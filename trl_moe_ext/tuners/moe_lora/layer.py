@@ -1,0 +1,203 @@
+"""A module of routed experts with grouped LoRA on its two projections."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
+from trl_moe_ext.experts.layout import ExpertsLayout, Projection, expert_weights, read_layout, weight_view
+from trl_moe_ext.kernels.dropout import draw_seed
+from trl_moe_ext.kernels.experts_mlp import Updates
+from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.plugins import host
+from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+
+
+class ExpertFactors(nn.Module):
+    """One side (A or B) of an adapter's low-rank factors of a module of experts, a parameter for each projection.
+
+    The parameters carry the names of the stacks they adapt and are ``(E, r, in)`` for A, ``(E, out, r)`` for B.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, int, int]]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+
+class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
+    """Wraps a module of routed experts; called with the same arguments, it returns the same ``(T, H)`` tensor.
+
+    Its state dict has ``lora_A.<adapter>.<projection>`` and ``lora_B.<adapter>.<projection>``, with the projection's
+    parameter name, so that PEFT's saving, loading, switching and deleting work as for its own layers.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, r: int, lora_alpha: float, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        layout = read_layout(base_layer)
+        if layout is None:
+            raise LayoutError(f"{type(base_layer).__name__} is not a module of routed experts that can be read")
+        self.layout: ExpertsLayout = layout
+        # The arguments after hidden_states: families call them differently, some by keyword.
+        self._routing_names = tuple(inspect.signature(base_layer.forward).parameters)[1:3]
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        # The surrounding block may read `num_experts` or a weight from its experts module; hooks and other private
+        # state belong to the wrapper or to the wrapped module, never to both.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return self.layout.up.in_features, self.layout.down.out_features
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: MoeLoraConfig, **kwargs: Any) -> None:
+        """Create the factors of an adapter: A random, B zero, so that the output does not change."""
+        if r < 1:
+            raise ConfigError(f"the rank on experts is {r}; use an integer of at least 1")
+        adapted = [p for p in self.layout.projections if self._is_adapted(p, config)]
+        experts = self.layout.num_experts
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.use_rslora[adapter_name] = config.use_rslora
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout
+        self.lora_A[adapter_name] = ExpertFactors({p.name: (experts, r, p.in_features) for p in adapted})
+        self.lora_B[adapter_name] = ExpertFactors({p.name: (experts, p.out_features, r) for p in adapted})
+        self.kernel = host().lookup("register_kernels", config.kernel).experts_mlp
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _is_adapted(self, projection: Projection, config: MoeLoraConfig) -> bool:
+        word = {self.layout.up.name: "gate_up", self.layout.down.name: "down"}[projection.name]
+        return config.expert_projections in ("both", word)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Initialise each expert's factors as PEFT initialises those of a Linear of the same shape."""
+        for A in self.lora_A[adapter_name].parameters():
+            if init_lora_weights == "gaussian":
+                nn.init.normal_(A, std=1 / self.r[adapter_name])
+            else:
+                # Kaiming with a = sqrt(5), the default of nn.Linear, is uniform within 1 / sqrt(fan_in).
+                nn.init.uniform_(A, -1 / math.sqrt(A.shape[2]), 1 / math.sqrt(A.shape[2]))
+        for B in self.lora_B[adapter_name].parameters():
+            if init_lora_weights is False:
+                nn.init.uniform_(B, -1 / math.sqrt(B.shape[2]), 1 / math.sqrt(B.shape[2]))
+            else:
+                nn.init.zeros_(B)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        weight: Tensor = getattr(self.get_base_layer(), self.layout.down.name)
+        for factors in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            if not any(p.device.type == "meta" for p in factors.parameters()):
+                factors.to(device or weight.device, dtype=weight.dtype)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the wrapped module: ``(T, H)`` tokens, ``(T, K)`` chosen experts and ``(T, K)`` weights to ``(T, H)``."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ConfigError("one batch with several adapters (adapter_names) is not supported on routed experts")
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or not adapters:
+            out: Tensor = self.base_layer(hidden_states, *args, **kwargs)
+            return out
+        top_k_index, top_k_weights = (*args, *(kwargs[name] for name in self._routing_names[len(args) :]))
+        out = self.kernel(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            expert_weights(self.get_base_layer(), self.layout),
+            self._updates(adapters, self.layout.up, hidden_states.device),
+            self._updates(adapters, self.layout.down, hidden_states.device),
+        )
+        return out
+
+    def _updates(self, adapters: list[str], projection: Projection, device: torch.device) -> Updates:
+        return tuple(
+            LowRank(
+                A=getattr(self.lora_A[name], projection.name),
+                B=getattr(self.lora_B[name], projection.name),
+                scaling=self.scaling[name],
+                dropout=(p := self._dropout(name)),
+                seed=draw_seed(device) if p else None,
+            )
+            for name in adapters
+            if hasattr(self.lora_A[name], projection.name)
+        )
+
+    def _dropout(self, adapter_name: str) -> float:
+        dropout = self.lora_dropout[adapter_name]
+        return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    # -- merging -----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active (or the named) adapters to the frozen weights, one expert at a time.
+
+        Raises:
+            AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if safe_merge:
+            for name in names:
+                self._check_finite(name)
+        for name in names:
+            for expert_weight, delta in self._deltas(name):
+                expert_weight.copy_(expert_weight.to(delta.dtype) + delta)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""
+        while self.merged_adapters:
+            for expert_weight, delta in self._deltas(self.merged_adapters.pop()):
+                expert_weight.copy_(expert_weight.to(delta.dtype) - delta)
+
+    @torch.no_grad()
+    def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every adapted projection and expert: its ``(out, in)`` weight, a view, and its update."""
+        for projection in self.layout.projections:
+            A = getattr(self.lora_A[adapter_name], projection.name, None)
+            if A is None:
+                continue
+            B = getattr(self.lora_B[adapter_name], projection.name)
+            stack = weight_view(self.get_base_layer(), projection, self.layout).detach()
+            dtype = torch.promote_types(stack.dtype, torch.float32)
+            for expert in range(self.layout.num_experts):
+                update = self.scaling[adapter_name] * (B[expert].to(dtype) @ A[expert].to(dtype))
+                yield stack[expert].t(), update.to(stack.device)
+
+    def _check_finite(self, adapter_name: str) -> None:
+        for expert_weight, delta in self._deltas(adapter_name):
+            if not torch.isfinite(expert_weight.to(delta.dtype) + delta).all():
+                raise AdapterFileError(
+                    f"adapter {adapter_name!r} would make expert weights that are not finite (NaN or infinite); "
+                    "nothing was merged. Load an intact adapter"
+                )
+
+    def __repr__(self) -> str:
+        return "moe_" + super().__repr__()

@@ -1,0 +1,98 @@
+"""The PEFT model of MOE_LORA: PEFT's own LoRA model, which also takes modules of routed experts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.experts.layout import read_layout
+from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state
+from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
+from trl_moe_ext.tuners.moe_lora.targets import Targets, resolve_targets
+
+
+class MoeLoraModel(LoraModel):  # type: ignore[misc]
+    """LoRA on the Linears that the config chooses and grouped LoRA on its routed experts.
+
+    Made by `peft.get_peft_model` from a `MoeLoraConfig`; everything else is as for `peft.LoraModel`.
+    """
+
+    # Resolved targets by the identity of the config that asked for them.
+    _targets: dict[int, Targets]
+
+    def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> MoeLoraConfig:
+        targets = resolve_targets(peft_config, self.model)
+        if targets.is_dense and "experts" in peft_config.moe_target:
+            warnings.warn(
+                f"{type(self.model).__name__} has no routed experts: moe_lora trains ordinary LoRA on its Linears",
+                stacklevel=2,
+            )
+        self.__dict__.setdefault("_targets", {})[id(peft_config)] = targets
+        peft_config.target_modules = targets.linears
+        peft_config.target_parameters = targets.parameters or None
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
+        if key in self._targets[id(peft_config)].experts:
+            return True
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        lora_config: MoeLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = copy.copy(lora_config)
+        if parameter_name is not None:
+            config.lora_dropout = 0.0  # PEFT merges a bare parameter before it is used: there is no input to drop
+        elif _is_experts(target):
+            config.r = lora_config.expert_r or lora_config.r
+            config.lora_alpha = (
+                lora_config.lora_alpha if lora_config.expert_alpha is None else lora_config.expert_alpha
+            )
+        super()._create_and_replace(
+            config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+        )
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: MoeLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        if _is_experts(target) and kwargs.get("parameter_name") is None:
+            return MoeLoraExperts(target, adapter_name, lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"])
+        module: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return module
+
+    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, MoeLoraExperts) for module in self.modules()):
+            raise ConfigError(
+                "add_weighted_adapter does not combine adapters on routed experts. Activate several adapters at once "
+                "with set_adapter([...]), or merge them into the weights one after the other"
+            )
+        return super()._check_add_weighted_adapter(adapters, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoeLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state(model, state, adapter_name)
+        return state
+
+
+def _is_experts(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return read_layout(base) is not None
