@@ -25,7 +25,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    found = getattr(import_module(_HOME[name]), name)
+    # Done already by autoload, unless that is switched off: who asks for a class by name wants it to work.
+    import_module("trl_moe_ext.hosts.peft").register()
+    return found
 
 
 def __dir__() -> list[str]:

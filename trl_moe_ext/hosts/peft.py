@@ -10,6 +10,7 @@ import enum
 import sys
 
 from trl_moe_ext._autoload import when_complete
+from trl_moe_ext.hosts import adapter_files
 from trl_moe_ext.hosts.seams import find_seam, missing_seam
 
 __all__ = ["add_member", "register"]
@@ -44,6 +45,7 @@ def _register_method() -> None:
     if "MOE_LORA" not in methods:
         # PEFT finds adapter weights by the prefix. It is LoRA's, as AdaLoRA's is.
         register_peft_method(name="moe_lora", config_cls=MoeLoraConfig, model_cls=MoeLoraModel, prefix="lora_")
+    adapter_files.install()
 
 
 def add_member(cls: type[enum.Enum], name: str) -> None:

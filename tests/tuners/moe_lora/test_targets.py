@@ -118,6 +118,11 @@ def test_a_word_that_means_nothing_is_an_error(options, message):
         adapted(MoeLoraConfig(**options))
 
 
+def test_pefts_guard_of_mamba_layers_holds():
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        adapted(MoeLoraConfig(target_modules=["out_proj"]), "nemotron_h")
+
+
 def test_saving_a_whole_experts_module_is_refused():
     with pytest.raises(ConfigError, match="modules_to_save"):
         adapted(MoeLoraConfig(modules_to_save=["experts"]))

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from trl_moe_ext._version import __version__
 from trl_moe_ext.errors import ConfigError, near_matches
 
 TARGET_WORDS = ("experts", "attention", "shared_experts", "dense_mlp", "router")
@@ -47,6 +48,7 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         expert_alpha: alpha on experts; `lora_alpha` if None. The scaling is ``expert_alpha / expert_r``, with rsLoRA
             ``expert_alpha / sqrt(expert_r)``.
         expert_projections: ``both``, or only ``gate_up`` (the first projection) or ``down`` (the second).
+        saved_with: the version of this package that saved the adapter; None for one that was never saved.
         kernel: name of the implementation, see ``trl-moe plugins``. Not saved with the adapter.
 
     Raises:
@@ -64,6 +66,7 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
     expert_projections: str = field(
         default="both", metadata={"help": "Which projections of the experts: " + ", ".join(PROJECTION_WORDS)}
     )
+    saved_with: str | None = field(default=None, metadata={"help": "Written on saving; leave empty"})
     kernel: str = field(default="grouped", metadata={"help": "Kernel of the routed experts, see `trl-moe plugins`"})
 
     def __post_init__(self) -> None:
@@ -98,7 +101,7 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         """The saved form. The kernel is how this machine computes, not what the adapter is."""
         saved: dict[str, Any] = super().to_dict()
         saved.pop("kernel", None)
-        return saved
+        return saved | {"saved_with": f"trl_moe_ext {__version__}"}
 
 
 def _refuse_meaningless(config: MoeLoraConfig) -> None:

@@ -6,11 +6,12 @@ import copy
 import warnings
 from typing import Any
 
+from peft import PeftType
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
 from trl_moe_ext.experts.layout import read_layout
 from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
@@ -28,7 +29,15 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
     _targets: dict[int, Targets]
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> MoeLoraConfig:
-        targets = resolve_targets(peft_config, self.model)
+        try:
+            targets = resolve_targets(peft_config, self.model)
+        except (ConfigError, LayoutError) as error:
+            if peft_config.saved_with is None:
+                raise
+            raise AdapterFileError(
+                f"the adapter, made for {peft_config.base_model_name_or_path}, does not fit {type(self.model).__name__}: "
+                f"{error}. Load it on the model that it was made for"
+            ) from error
         if targets.is_dense and "experts" in peft_config.moe_target:
             warnings.warn(
                 f"{type(self.model).__name__} has no routed experts: moe_lora trains ordinary LoRA on its Linears",
@@ -75,6 +84,12 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             return MoeLoraExperts(target, adapter_name, lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"])
         module: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         return module
+
+    def _check_target_module_compatiblity(self, peft_config: MoeLoraConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT guards the Mamba layers of hybrid models by the name of the type; what holds for LORA holds here.
+        stock = copy.copy(peft_config)
+        stock.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(stock, model, target_name)
 
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(module, MoeLoraExperts) for module in self.modules()):

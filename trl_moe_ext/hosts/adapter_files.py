@@ -1,0 +1,107 @@
+"""PEFT's reading and writing of adapter files: whole files only, and safetensors only, for adapters of ours.
+
+PEFT writes into the target directory and reads whatever it finds there. For adapters of our types a file is written
+beside the target and then moved into place, and one that cannot be read is named with what to do. Adapters of other
+types take PEFT's own code unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from trl_moe_ext.errors import AdapterFileError, ConfigError
+from trl_moe_ext.hosts.seams import find_seam
+
+__all__ = ["install"]
+
+OUR_TYPES = ("MOE_LORA",)
+_WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+
+
+def install() -> None:
+    """Wrap `PeftModel.save_pretrained` and the function with which PEFT loads weights; a second call does nothing.
+
+    Raises:
+        HostVersionError: one of them is not where we know it, or takes something else.
+    """
+    save = find_seam(
+        "peft.peft_model:PeftModel.save_pretrained", parameters=("save_directory", "safe_serialization", "is_main_process")
+    )
+    load = find_seam("peft.peft_model:load_peft_weights", parameters=("model_id",))
+    if not hasattr(save, "trl_moe_ext"):
+        find_seam("peft.peft_model:PeftModel").save_pretrained = _whole_files(save)
+        import_module("peft.peft_model").load_peft_weights = _readable_files(load)
+
+
+def _whole_files(save: Any) -> Any:
+    @functools.wraps(save)
+    def save_pretrained(
+        self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        ours = [name for name, config in self.peft_config.items() if config.peft_type in OUR_TYPES]
+        if ours and not safe_serialization:
+            raise ConfigError(f"adapter {ours[0]!r} is saved as safetensors only; leave safe_serialization at True")
+        if not ours or not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
+            save(self, save_directory, safe_serialization, *args, **kwargs)
+            return
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
+            if (target / "README.md").exists():  # PEFT updates the model card that is there
+                shutil.copy2(target / "README.md", staging)
+            save(self, staging, safe_serialization, *args, **kwargs)
+            _move_files(Path(staging), target)
+
+    save_pretrained.trl_moe_ext = True  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Replace file by file, the config last: who finds a new config finds its weights as well."""
+    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name == _CONFIG)
+    for file in files:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+
+
+def _readable_files(load: Any) -> Any:
+    @functools.wraps(load)
+    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:
+        directory = Path(model_id, kwargs.get("subfolder") or "")
+        if not _is_ours(directory):
+            return load(model_id, *args, **kwargs)
+        file = directory / _WEIGHTS
+        if not file.exists():
+            found = ", ".join(sorted(path.name for path in directory.iterdir()))
+            raise AdapterFileError(
+                f"{directory} has no {_WEIGHTS} (found: {found}). Adapters of this type are safetensors only; save it "
+                "again, or load another checkpoint"
+            )
+        try:
+            return load(model_id, *args, **kwargs)
+        except SafetensorError as error:
+            raise AdapterFileError(
+                f"{file} ({file.stat().st_size:,} bytes) is damaged or cut off: {error}. Load an earlier checkpoint, or "
+                "copy the file again"
+            ) from error
+
+    return load_peft_weights
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / _CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") in OUR_TYPES
