@@ -33,7 +33,8 @@ def adapter(model, tmp_path):
 
 
 def rewrite(adapter, change):
-    tensors = load_file(adapter / WEIGHTS)
+    # Copies: the file that load_file maps into memory is about to be replaced.
+    tensors = {name: tensor.clone() for name, tensor in load_file(adapter / WEIGHTS).items()}
     change(tensors)
     save_file(tensors, adapter / WEIGHTS)
 
@@ -91,12 +92,16 @@ def test_a_truncated_file(adapter, keep):
 
 def test_a_missing_tensor_is_never_silently_left_at_its_random_start(adapter):
     rewrite(adapter, lambda tensors: tensors.pop("base_model.model.model.layers.1.mlp.experts.lora_B.down_proj"))
-    with pytest.raises(AdapterFileError, match=r"missing from the file: .*layers.1.mlp.experts.lora_B.default.down_proj"):
+    with pytest.raises(
+        AdapterFileError, match=r"missing from the file: .*layers.1.mlp.experts.lora_B.default.down_proj"
+    ):
         PeftModel.from_pretrained(build("qwen3_moe"), adapter)
 
 
 def test_an_adapter_of_another_model_names_keys_and_shapes(adapter, model):
-    with pytest.raises(AdapterFileError, match=r"of another shape: .*gate_up_proj \(8, 3, 64\) instead of \(8, 5, 64\)"):
+    with pytest.raises(
+        AdapterFileError, match=r"of another shape: .*gate_up_proj \(8, 3, 64\) instead of \(8, 5, 64\)"
+    ):
         model.add_adapter("other", MoeLoraConfig(r=5))
         model.load_adapter(adapter, "other")
     with pytest.raises(AdapterFileError, match="does not fit DeepseekV3ForCausalLM: .*no module is called"):
@@ -110,6 +115,24 @@ def test_nan_in_an_adapter(adapter):
     rewrite(adapter, spoil)
     with pytest.raises(AdapterFileError, match=r"NaN or infinite values: in: .*layers.0.mlp.experts.lora_A"):
         PeftModel.from_pretrained(build("qwen3_moe"), adapter)
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "truncated"])
+def test_transformers_own_loading_refuses_the_same_files(model, tmp_path, fault):
+    build("qwen3_moe").save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    key = "base_model.model.model.layers.0.mlp.experts.lora_A.down_proj"
+    weights = tmp_path / "adapter" / WEIGHTS
+    if fault == "missing":
+        rewrite(tmp_path / "adapter", lambda tensors: tensors.pop(key))
+    elif fault == "nan":
+        rewrite(tmp_path / "adapter", lambda tensors: tensors[key].fill_(float("nan")))
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000])
+    message = {"missing": "missing from the file", "nan": "NaN", "truncated": "damaged or cut off"}[fault]
+    with pytest.raises(AdapterFileError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 def test_stock_adapters_take_pefts_own_path(tmp_path):

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,24 @@ _CONFIG = "adapter_config.json"
 
 
 def install() -> None:
-    """Wrap `PeftModel.save_pretrained` and the function with which PEFT loads weights; a second call does nothing.
+    """Wrap how PEFT saves and loads adapters, and how transformers loads them; a second call does nothing.
 
     Raises:
         HostVersionError: one of them is not where we know it, or takes something else.
     """
     save = find_seam(
-        "peft.peft_model:PeftModel.save_pretrained", parameters=("save_directory", "safe_serialization", "is_main_process")
+        "peft.peft_model:PeftModel.save_pretrained",
+        parameters=("save_directory", "safe_serialization", "is_main_process"),
     )
     load = find_seam("peft.peft_model:load_peft_weights", parameters=("model_id",))
+    load_adapter = find_seam(
+        "transformers.integrations.peft:PeftAdapterMixin.load_adapter", parameters=("peft_model_id", "adapter_name")
+    )
     if not hasattr(save, "trl_moe_ext"):
         find_seam("peft.peft_model:PeftModel").save_pretrained = _whole_files(save)
         import_module("peft.peft_model").load_peft_weights = _readable_files(load)
+        mixin = find_seam("transformers.integrations.peft:PeftAdapterMixin")
+        mixin.load_adapter = _complete_adapters(load_adapter)
 
 
 def _whole_files(save: Any) -> Any:
@@ -88,15 +96,43 @@ def _readable_files(load: Any) -> Any:
                 f"{directory} has no {_WEIGHTS} (found: {found}). Adapters of this type are safetensors only; save it "
                 "again, or load another checkpoint"
             )
-        try:
+        with _named(file):
             return load(model_id, *args, **kwargs)
-        except SafetensorError as error:
-            raise AdapterFileError(
-                f"{file} ({file.stat().st_size:,} bytes) is damaged or cut off: {error}. Load an earlier checkpoint, or "
-                "copy the file again"
-            ) from error
 
     return load_peft_weights
+
+
+def _complete_adapters(load: Any) -> Any:
+    """`AutoModel.from_pretrained(adapter_dir)` reports what is missing and goes on; an adapter of ours is whole."""
+
+    @functools.wraps(load)
+    def load_adapter(
+        self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        with _named(Path(peft_model_id or "", _WEIGHTS)):
+            info = load(self, peft_model_id, adapter_name, *args, **kwargs)
+        name = adapter_name or "default"
+        if self.peft_config[name].peft_type in OUR_TYPES:
+            from trl_moe_ext.tuners.moe_lora.adapter_files import check_loaded
+
+            check_loaded(self, info.missing_keys, name)
+        return info
+
+    return load_adapter
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say which file of ours cannot be read."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not _is_ours(file.parent):
+            raise
+        raise AdapterFileError(
+            f"{file} ({file.stat().st_size:,} bytes) is damaged or cut off: {error}. Load an earlier checkpoint, or copy "
+            "the file again"
+        ) from error
 
 
 def _is_ours(directory: Path) -> bool:

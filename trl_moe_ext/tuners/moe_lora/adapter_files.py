@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from torch import Tensor, nn
@@ -25,17 +27,43 @@ def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
     found = {key: tensor for key, tensor in state.items() if ".lora_" in key}
-    problems = [
+    _refuse_unless_fitting(
+        adapter_name,
         *_listed("missing from the file", sorted(expected.keys() - found.keys())),
         *_listed("not in the model", sorted(found.keys() - expected.keys())),
         *_listed("of another shape", _other_shapes(expected, found)),
-    ]
+    )
+    _refuse_unless_finite(adapter_name, found)
+
+
+def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) -> None:
+    """The same after transformers has loaded an adapter itself, which reports missing tensors and goes on.
+
+    Args:
+        model: the model with the adapter.
+        missing: names of parameters for which the file had no tensor.
+        adapter_name: the adapter that was loaded.
+
+    Raises:
+        AdapterFileError: tensors are missing or not finite.
+    """
+    _refuse_unless_fitting(adapter_name, *_listed("missing from the file", sorted(missing)))
+    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    _refuse_unless_finite(adapter_name, _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes))
+
+
+def _refuse_unless_fitting(adapter_name: str, *problems: str) -> None:
     if problems:
         raise AdapterFileError(
             f"adapter {adapter_name!r} is not for this model: " + "; ".join(problems) + ". Load it on the model that "
             "base_model_name_or_path in its adapter_config.json names, or check that the file is complete"
         )
-    broken = [key for key, tensor in found.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+
+
+def _refuse_unless_finite(adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    broken = [
+        key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
     if broken:
         raise AdapterFileError(
             f"adapter {adapter_name!r} holds NaN or infinite values: {'; '.join(_listed('in', broken))}. Its training "

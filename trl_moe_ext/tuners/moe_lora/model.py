@@ -85,7 +85,9 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         module: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         return module
 
-    def _check_target_module_compatiblity(self, peft_config: MoeLoraConfig, model: nn.Module, target_name: str) -> None:
+    def _check_target_module_compatiblity(
+        self, peft_config: MoeLoraConfig, model: nn.Module, target_name: str
+    ) -> None:
         # PEFT guards the Mamba layers of hybrid models by the name of the type; what holds for LORA holds here.
         stock = copy.copy(peft_config)
         stock.peft_type = PeftType.LORA
