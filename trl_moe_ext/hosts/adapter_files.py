@@ -46,7 +46,7 @@ def install() -> None:
     )
     if not hasattr(save, "trl_moe_ext"):
         find_seam("peft.peft_model:PeftModel").save_pretrained = _whole_files(save)
-        import_module("peft.peft_model").load_peft_weights = _readable_files(load)
+        vars(import_module("peft.peft_model"))["load_peft_weights"] = _readable_files(load)
         mixin = find_seam("transformers.integrations.peft:PeftAdapterMixin")
         mixin.load_adapter = _complete_adapters(load_adapter)
 
@@ -130,8 +130,8 @@ def _named(file: Path) -> Iterator[None]:
         if not _is_ours(file.parent):
             raise
         raise AdapterFileError(
-            f"{file} ({file.stat().st_size:,} bytes) is damaged or cut off: {error}. Load an earlier checkpoint, or copy "
-            "the file again"
+            f"{file} ({file.stat().st_size:,} bytes) is damaged or cut off: {error}. Load an earlier checkpoint, "
+            "or copy the file again"
         ) from error
 
 

@@ -35,8 +35,8 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             if peft_config.saved_with is None:
                 raise
             raise AdapterFileError(
-                f"the adapter, made for {peft_config.base_model_name_or_path}, does not fit {type(self.model).__name__}: "
-                f"{error}. Load it on the model that it was made for"
+                f"the adapter, made for {peft_config.base_model_name_or_path}, does not fit "
+                f"{type(self.model).__name__}: {error}. Load it on the model that it was made for"
             ) from error
         if targets.is_dense and "experts" in peft_config.moe_target:
             warnings.warn(
