@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_checkpoints import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
+from tests.tiny_checkpoints import VOCAB_SIZE, byte_tokenizer
 
-# TRL's copies of the models' own chat templates, where it has one.
+# The models' own chat templates, of which TRL has copies, and the token that ends an answer.
 _CHAT_TEMPLATES = {
-    "qwen3_30b_a3b_sft": "qwen3_instruct_2507.jinja",
-    "gemma4_26b_a4b_sft": "gemma4.jinja",
-    "gpt_oss_20b_sft": "gptoss.jinja",
+    "qwen3_30b_a3b_sft": ("qwen3_instruct_2507.jinja", "<|im_end|>"),
+    "gemma4_26b_a4b_sft": ("gemma4.jinja", "<turn|>"),
+    "gpt_oss_20b_sft": ("gptoss.jinja", "<|return|>"),
 }
 _SMALL = {
     "hidden_size": 64,
@@ -52,10 +54,12 @@ def full_size(recipe: str) -> nn.Module:
 
 
 def save_small(recipe: str, directory: Path) -> None:
-    """Save a checkpoint of the recipe's architecture with small sizes, random weights and a tokenizer."""
+    """Save a checkpoint like the published one, with small sizes and random weights, and a tokenizer."""
     torch.manual_seed(0)
     _build(_shrink(_published(recipe))).save_pretrained(directory)
-    byte_tokenizer(_chat_template(recipe)).save_pretrained(directory)
+    _tokenizer(recipe).save_pretrained(directory)
+    if recipe == "gpt_oss_20b_sft":
+        _pack_experts(directory)
 
 
 def _published(recipe: str) -> dict[str, Any]:
@@ -69,11 +73,31 @@ def _build(config: dict[str, Any]) -> nn.Module:
 
 
 def _shrink(config: dict[str, Any]) -> dict[str, Any]:
-    small = {name: _SMALL.get(name, value) if value is not None else None for name, value in config.items()}
-    return {name: _shrink(value) if name.endswith("_config") and value else value for name, value in small.items()}
+    small = {name: _SMALL.get(name, value) for name, value in config.items() if value is not None}
+    return {name: _shrink(value) if name.endswith("_config") else value for name, value in small.items()}
 
 
-def _chat_template(recipe: str) -> str:
+def _tokenizer(recipe: str) -> PreTrainedTokenizerFast:
     if recipe not in _CHAT_TEMPLATES:
-        return CHAT_TEMPLATE
-    return (importlib.resources.files("trl") / "chat_templates" / _CHAT_TEMPLATES[recipe]).read_text()
+        return byte_tokenizer()
+    file, eos_token = _CHAT_TEMPLATES[recipe]
+    template = (importlib.resources.files("trl") / "chat_templates" / file).read_text()
+    return byte_tokenizer(template, eos_token)
+
+
+def _pack_experts(directory: Path) -> None:
+    """Replace the experts' weights by random ones in MXFP4: two values of four bits a byte, a scale for 32 of them."""
+    tensors = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = tensor.shape
+            blocks = (experts, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
+            # The exponent has a bias of 127, and the largest value of four bits is 6.
+            tensors[f"{name}_scales"] = torch.full(blocks, 127 - 6, dtype=torch.uint8)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,8 @@ def swiglu(h: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def interleaved(h: Tensor) -> Tensor:
-    # The bound is low enough to be hit, and high enough that bfloat16 seldom rounds a value across it.
-    gate, up = h[..., ::2].clamp(max=4.0), h[..., 1::2].clamp(-4.0, 4.0)
+def interleaved(h: Tensor, limit: float = 4.0) -> Tensor:
+    gate, up = h[..., ::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(1.7 * gate)
 
 
@@ -103,6 +103,9 @@ def make_case(
 ) -> Case:
     """E != r and no two sizes alike, so that a swapped axis cannot pass."""
     g = torch.Generator().manual_seed(seed)
+    if activation is interleaved and dtype == torch.bfloat16:
+        # Rounding carries values across the bound, where the gradient jumps: the bound is tested in wider dtypes.
+        activation = partial(interleaved, limit=100.0)
 
     def randn(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.cases import interleaved, make_case, relu_squared
 from tests.tolerances import assert_gradient_close, assert_output_close, relative_error
+from trl_moe_ext.kernels import grouped, lora_linear
 from trl_moe_ext.kernels.experts_mlp import experts_mlp
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 
@@ -138,3 +139,28 @@ def test_autocast_leaves_the_experts_in_the_dtype_of_their_weights():
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=0)
+
+
+@pytest.fixture
+def native_products(monkeypatch):
+    """The branch that a GPU takes: torch's own grouped product, which exists on the CPU too, and padded ranks."""
+    monkeypatch.setattr(grouped, "_native", lambda x, other: True)
+    monkeypatch.setattr(lora_linear, "aligned_rank", lambda rank, like: -(-rank // 8) * 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_native_products_equal_the_reference_as_well(layout, dtype, native_products):
+    # grouped_mm asks for strides of 16 bytes: sizes are multiples of 8, the rank is what gets padded.
+    case = make_case(dtype=dtype, H=16, **({"I": 24} | layout))
+    out, gradients = case.run(experts_mlp)
+    expected, expected_gradients = case.double().run(experts_mlp_reference)
+    assert_output_close(out, expected, dtype)
+    for name, gradient in gradients.items():
+        assert_gradient_close(gradient, expected_gradients[name], dtype, name)
+
+
+def test_the_native_products_leave_rows_of_no_expert_at_zero(native_products):
+    x = torch.randn(8, 16)
+    out = grouped.grouped_mm(x, torch.randn(2, 16, 8), torch.tensor([2, 5], dtype=torch.int32))
+    assert (out[5:] == 0).all()
