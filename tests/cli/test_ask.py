@@ -12,7 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Mistral3ForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from typer.testing import CliRunner
 
 from tests.families import randomise_factors
@@ -158,19 +164,22 @@ def test_tokens_that_training_added(adapter: Path) -> None:
 def test_a_model_that_is_in_no_auto_class_for_text(tmp_path: Path) -> None:
     """Mistral Medium is a composite; TRL trains it as the class that its configuration names."""
     save_small("mistral_medium_sft", tmp_path / "model")
-    architecture = AutoConfig.from_pretrained(tmp_path / "model").architectures[0]
-    model, _ = _saved_with_stock_lora(tmp_path / "model", tmp_path / "adapter")
-    assert type(model.get_base_model()).__name__ == architecture == "Mistral3ForConditionalGeneration"
+    save_stock_lora(Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "model"), tmp_path / "adapter")
+    model, _ = load_adapter(tmp_path / "adapter", str(tmp_path / "model"), "auto", "cpu")
+    assert type(model.get_base_model()) is Mistral3ForConditionalGeneration
     assert ask(tmp_path / "adapter", QUESTION).startswith("Base model:\n")
 
 
-def _saved_with_stock_lora(base: Path, adapter: Path) -> tuple[PeftModel, object]:
-    from transformers import Mistral3ForConditionalGeneration
-
-    model = Mistral3ForConditionalGeneration.from_pretrained(base)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=r".*\.language_model\..*_proj")
+def save_stock_lora(model: nn.Module, adapter: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=r".*\.layers\..*\.[qv]_proj")
     get_peft_model(model, config).save_pretrained(adapter)
-    return load_adapter(adapter, base_model_of(adapter), "auto", "cpu")
+
+
+def test_a_damaged_adapter_of_stock_lora(base: Path, tmp_path: Path) -> None:
+    save_stock_lora(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file} is damaged (" in refused(tmp_path / "adapter", QUESTION)
 
 
 def test_experts_in_mxfp4_are_unpacked(tmp_path: Path, base: Path) -> None:
@@ -216,7 +225,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: _edit_config(d, base_model_name_or_path=str(d)), "{adapter} of {adapter} cannot be loaded: "),
     (lambda d: _edit_config(d, task_type="SEQ_CLS"), "an adapter for SEQ_CLS, which does not answer in words"),
     (lambda d: (d / "adapter_model.safetensors").unlink(), "but no adapter_model.safetensors; give the output_dir"),
-    (lambda d: (d / "adapter_model.safetensors").write_bytes(b"?" * 20), "adapter_model.safetensors is damaged ("),
+    (lambda d: (d / "adapter_model.safetensors").write_bytes(b"?" * 20), "is damaged or cut off"),
 ]
 
 

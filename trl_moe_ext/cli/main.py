@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from trl_moe_ext._version import __version__
+from trl_moe_ext.cli.ask import ask
 from trl_moe_ext.cli.plugins import plugins
 from trl_moe_ext.cli.upcycle import upcycle
 from trl_moe_ext.errors import MoeExtError
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(ask)
 app.command()(plugins)
 app.command()(upcycle)
 

@@ -20,6 +20,8 @@ NamedModules = Iterable[tuple[str, nn.Module]]
 # An indexer's scores only choose positions: no gradient reaches its Linears, and LoRA there would never be trained.
 _NOT_TRAINED = re.compile(r"(^|[._])indexer([._]|$)")
 _ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)($|_)")
+_ATTENTION_CLASS = re.compile(r"Attention(?!Layer|Block)")
+_OTHER_MODALITY = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video)")
 _ROUTER_NAME = re.compile(r"(^|_)router($|_)|(^|_)gate$")
 _SHARED_NAME = re.compile(r"shared")
 _EXPERTS_NAME = re.compile(r"experts?($|_)|Experts?(?![a-z])")
@@ -64,12 +66,12 @@ def read_anatomy(named_modules: NamedModules) -> Anatomy:
         if _is_unread(name, module) and not _inside(name, (*anatomy.experts, *anatomy.unread_experts)):
             anatomy.unread_experts.append(name)
     routers = _routers(modules, anatomy.experts)
+    taken = (*routers, *anatomy.experts, *anatomy.unread_experts)
+    stacks = {_stack(experts) for experts in (*anatomy.experts, *anatomy.unread_experts)}
     for name, module in modules.items():
         if name in routers:
             _add_router(anatomy, name, module)
-        elif isinstance(module, nn.Linear) and not _inside(
-            name, (*routers, *anatomy.experts, *anatomy.unread_experts)
-        ):
+        elif isinstance(module, nn.Linear) and not _inside(name, taken) and _in_language_model(name, stacks):
             part = _part_of_linear(name, modules)
             if part is not None:
                 getattr(anatomy, part).append(name)
@@ -83,13 +85,27 @@ def _is_unread(name: str, module: nn.Module) -> bool:
     return is_called_experts and holds_weights and read_layout(module) is None and not isinstance(module, nn.Linear)
 
 
+def _in_language_model(name: str, stacks: set[str]) -> bool:
+    """Whether `name` stands in one of the stacks of layers with experts; in a dense model, not in another modality.
+
+    The tower of another modality is no part of what a user of a language model means by attention, and a data set of
+    texts would leave it untrained.
+    """
+    return _stack(name) in stacks if stacks else not _OTHER_MODALITY.search(name)
+
+
+def _stack(name: str) -> str:
+    """The list of layers that a module stands in: what comes before the first number of its name."""
+    return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[0]
+
+
 def _part_of_linear(name: str, modules: dict[str, nn.Module]) -> str | None:
     if _NOT_TRAINED.search(name):
         return None
     ancestors = _ancestors(name)
     for ancestor in ancestors:
         attribute = ancestor.rpartition(".")[2]
-        is_class = "Attention" in type(modules[ancestor]).__name__ if ancestor in modules else False
+        is_class = ancestor in modules and _ATTENTION_CLASS.search(type(modules[ancestor]).__name__)
         if is_class or _ATTENTION_NAME.search(attribute):
             return "attention"
     attributes = name.split(".")

@@ -52,7 +52,7 @@ def resolve_targets(config: MoeLoraConfig, model: nn.Module) -> Targets:
     modules = dict(base_modules(model))
     anatomy = read_anatomy(modules.items())
     if anatomy.unread_experts and _wants_experts(config):
-        raise LayoutError(_unread(anatomy, modules))
+        raise LayoutError(_unread(anatomy, modules, getattr(model, "quantization_method", None)))
     _check_modules_to_save(config, anatomy)
     targets = Targets(is_dense=not anatomy.experts, anatomy=anatomy)
     targets.experts, targets.parameters = _parameters(config, anatomy, modules)
@@ -167,8 +167,13 @@ def _nothing(config: MoeLoraConfig, anatomy: Anatomy) -> str:
     )
 
 
-def _unread(anatomy: Anatomy, modules: dict[str, nn.Module]) -> str:
+def _unread(anatomy: Anatomy, modules: dict[str, nn.Module], quantisation: object) -> str:
     name = anatomy.unread_experts[0]
+    if quantisation is not None:
+        return (
+            f"the experts in {name} ({type(modules[name]).__name__}) are quantised ({quantisation}) and cannot be "
+            "adapted yet. Load the model in bfloat16, or use moe_target=['attention'] to train the rest"
+        )
     shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in list(modules[name].named_parameters())[:4])
     return (
         f"the experts in {name} ({type(modules[name]).__name__}: {shapes}) do not follow transformers' experts "
