@@ -1,0 +1,1 @@
+"""The texts of the quickstart's dataset and of its model's pretraining, and the tokenizer made for them."""
