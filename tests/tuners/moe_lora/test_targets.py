@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,6 +103,47 @@ def test_target_parameters_of_experts_take_the_grouped_path():
     modules = adapted(config)
     assert len(modules) == 2
     assert all(isinstance(m, MoeLoraExperts) for m in modules.values())
+
+
+def test_target_parameters_name_one_projection_of_one_layer():
+    config = MoeLoraConfig(moe_target=[], target_parameters=["layers.1.mlp.experts.down_proj"])
+    [(name, layer)] = adapted(config).items()
+    assert name.endswith("layers.1.mlp.experts")
+    assert [n for n, _ in layer.lora_A["default"].named_parameters()] == ["down_proj"]
+
+
+def test_target_parameters_may_name_a_bare_parameter_beside_the_experts():
+    config = MoeLoraConfig(moe_target=["experts"], target_parameters=["mlp.gate.weight"])
+    assert last_words(adapted(config)) == {"experts", "gate"}
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe"])
+def test_the_router_beside_a_regular_expression(model_type):
+    """A router is a Linear in one family and a bare parameter in the other."""
+    modules = adapted(MoeLoraConfig(moe_target=["router"], target_modules=r".*\.q_proj"), model_type)
+    assert {"router" in n or "gate" in n for n in modules if not n.endswith("q_proj")} == {True}
+
+
+SELECTIONS = {
+    "experts alone": {"moe_target": ["experts"]},
+    "router": {"moe_target": ["experts", "router"]},
+    "one projection by parameter": {"moe_target": [], "target_parameters": ["experts.down_proj"]},
+    "one layer": {"layers_to_transform": [1]},
+    "a regular expression": {"target_modules": r".*\.q_proj"},
+    "excluded": {"exclude_modules": r".*layers\.0\..*experts"},
+}
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe"])
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_a_loaded_adapter_adapts_what_the_saved_one_did(selection, model_type, tmp_path):
+    model = get_peft_model(build(model_type), MoeLoraConfig(r=2, init_lora_weights=False, **selection))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(model_type), tmp_path)
+    saved = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert saved.keys() == {name for name, _ in loaded.named_parameters() if "lora_" in name}
+    for name, p in saved.items():
+        assert torch.equal(loaded.get_parameter(name), p), name
 
 
 @pytest.mark.parametrize(

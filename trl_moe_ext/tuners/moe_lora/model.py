@@ -45,11 +45,23 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             )
         self.__dict__.setdefault("_targets", {})[id(peft_config)] = targets
         peft_config.target_modules = targets.linears
-        peft_config.target_parameters = targets.parameters or None
+        peft_config.expert_projections = targets.expert_projections
+        # What the user named stays in the saved config, expert stacks too; `_inject_parameters` leaves those out.
+        peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *targets.parameters}) or None
         return peft_config
 
+    def _inject_parameters(
+        self, peft_config: MoeLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        bare = copy.copy(peft_config)
+        bare.target_parameters = self._targets[id(peft_config)].parameters
+        names: list[str] = super()._inject_parameters(bare, model, adapter_name, low_cpu_mem_usage)
+        # The others name stacks of experts, which are adapted already: PEFT would warn that they match nothing.
+        return names + [name for name in peft_config.target_parameters if name not in bare.target_parameters]
+
     def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
-        if key in self._targets[id(peft_config)].experts:
+        targets = self._targets[id(peft_config)]
+        if key in targets.experts or key in targets.routers:
             return True
         return super()._check_target_module_exists(peft_config, key)
 

@@ -29,13 +29,17 @@ class Targets:
 
     Attributes:
         experts: names of modules of routed experts.
-        linears: ordinary Linears, in PEFT's terms: a set of suffixes, or a regular expression of the user's.
+        expert_projections: which of their projections, in the config's words.
+        routers: names of routers that are Linears.
+        linears: other Linears, in PEFT's terms: a set of suffixes, or a regular expression of the user's.
         parameters: bare parameters that PEFT wraps itself (a router's weight), as suffixes.
         is_dense: the model has no routed experts.
         anatomy: the parts of the model, for the summary.
     """
 
     experts: set[str] = field(default_factory=set)
+    expert_projections: str = "both"
+    routers: set[str] = field(default_factory=set)
     linears: set[str] | str = field(default_factory=set)
     parameters: list[str] = field(default_factory=list)
     is_dense: bool = False
@@ -54,10 +58,11 @@ def resolve_targets(config: MoeLoraConfig, model: nn.Module) -> Targets:
     if anatomy.unread_experts and _wants_experts(config):
         raise LayoutError(_unread(anatomy, modules, getattr(model, "quantization_method", None)))
     _check_modules_to_save(config, anatomy)
-    targets = Targets(is_dense=not anatomy.experts, anatomy=anatomy)
-    targets.experts, targets.parameters = _parameters(config, anatomy, modules)
+    targets = Targets(is_dense=not anatomy.experts, anatomy=anatomy, expert_projections=config.expert_projections)
+    _take_parameters(targets, config, modules)
     if _wants_experts(config):
-        targets.experts |= {name for name in anatomy.experts if _selected(config, name)}
+        targets.expert_projections = config.expert_projections
+        targets.experts = {name for name in anatomy.experts if _selected(config, name)}
     if config.target_modules:
         _check_words(config, modules, anatomy)
         targets.linears = config.target_modules
@@ -65,10 +70,11 @@ def resolve_targets(config: MoeLoraConfig, model: nn.Module) -> Targets:
         linears = [name for part in _parts(config, targets) for name in getattr(anatomy, part)]
         targets.linears = _suffixes([name for name in linears if _selected(config, name)], modules)
     if "router" in config.moe_target:
-        targets.parameters += [name for name in anatomy.router_parameters if _selected(config, name)]
-        if isinstance(targets.linears, set):
-            targets.linears = targets.linears | set(anatomy.router)
-    if not targets.experts and not targets.linears and not targets.parameters:
+        targets.routers = {name for name in anatomy.router if _selected(config, name)}
+        targets.parameters += [
+            name for name in anatomy.router_parameters if _selected(config, name.rpartition(".")[0])
+        ]
+    if not (targets.experts or targets.routers or targets.linears or targets.parameters):
         raise ConfigError(_nothing(config, anatomy))
     return targets
 
@@ -114,25 +120,26 @@ def _suffixes(names: list[str], modules: dict[str, nn.Module]) -> set[str]:
     return set(_find_minimal_target_modules(names, others))
 
 
-def _parameters(config: MoeLoraConfig, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[set[str], list[str]]:
+def _take_parameters(targets: Targets, config: MoeLoraConfig, modules: dict[str, nn.Module]) -> None:
     """Split `target_parameters` into stacks of experts, which take the grouped path, and the rest, which is PEFT's."""
-    experts, rest = set(), []
+    words = set()
     for target in config.target_parameters or []:
-        owners = {
-            name
-            for name, layout in anatomy.experts.items()
-            for projection in layout.projections
-            if f"{name}.{projection.name}".endswith(f".{target}") or f"{name}.{projection.name}" == target
-        }
+        owners = set()
+        for name, layout in targets.anatomy.experts.items():
+            for word, projection in (("gate_up", layout.up), ("down", layout.down)):
+                if f".{name}.{projection.name}".endswith(f".{target}"):
+                    owners.add(name)
+                    words.add(word)
         if owners:
-            experts |= {name for name in owners if _selected(config, name)}
+            targets.experts |= {name for name in owners if _selected(config, name)}
             continue
         known = [f"{name}.{p}" for name, m in modules.items() for p, _ in m.named_parameters(recurse=False)]
-        if not any(name == target or name.endswith(f".{target}") for name in known):
+        if not any(f".{name}".endswith(f".{target}") for name in known):
             last = {name.rpartition(".")[2] for name in known}
             raise ConfigError(f"target_parameters: no parameter is called {target!r}; {near_matches(target, last)}")
-        rest.append(target)
-    return experts, rest
+        targets.parameters.append(target)
+    if len(words) == 1:
+        targets.expert_projections = words.pop()
 
 
 def _check_words(config: MoeLoraConfig, modules: dict[str, nn.Module], anatomy: Anatomy) -> None:
