@@ -19,6 +19,10 @@ def test_the_share_of_dropped_elements_is_p(p):
     assert abs((1 - keep.double().mean()) - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
 
 
+def test_a_probability_close_to_one_drops_nearly_everything():
+    assert keep_mask(seed(), torch.arange(64), 64, 1 - 1e-7).double().mean() < 0.01
+
+
 def test_rows_columns_and_seeds_are_uncorrelated():
     keep = keep_mask(seed(), torch.arange(1024), 1024, 0.5).double() * 2 - 1
     other = keep_mask(seed(8), torch.arange(1024), 1024, 0.5).double() * 2 - 1

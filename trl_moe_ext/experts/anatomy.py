@@ -70,7 +70,7 @@ def read_anatomy(named_modules: NamedModules) -> Anatomy:
     stacks = {_stack(experts) for experts in (*anatomy.experts, *anatomy.unread_experts)}
     for name, module in modules.items():
         if name in routers:
-            _add_router(anatomy, name, module)
+            _add_router(anatomy, name, modules)
         elif isinstance(module, nn.Linear) and not _inside(name, taken) and _in_language_model(name, stacks):
             part = _part_of_linear(name, modules)
             if part is not None:
@@ -135,8 +135,10 @@ def _routers(modules: dict[str, nn.Module], experts: dict[str, ExpertsLayout]) -
     return found
 
 
-def _add_router(anatomy: Anatomy, name: str, module: nn.Module) -> None:
-    for child_name, child in module.named_modules(prefix=name):
+def _add_router(anatomy: Anatomy, name: str, modules: dict[str, nn.Module]) -> None:
+    for child_name, child in modules.items():
+        if child_name != name and not _inside(child_name, (name,)):
+            continue
         if isinstance(child, nn.Linear):
             anatomy.router.append(child_name)
         else:

@@ -1,8 +1,8 @@
 """PEFT's reading and writing of adapter files: whole files only, and safetensors only, for adapters of ours.
 
-PEFT writes into the target directory and reads whatever it finds there. For adapters of our types a file is written
-beside the target and then moved into place, and one that cannot be read is named with what to do. Adapters of other
-types take PEFT's own code unchanged.
+PEFT writes into the target directory and reads whatever it finds there. For adapters of our types a file is written to
+a directory of its own and then moved into place, and one that cannot be read is named with what to do. Adapters of
+other types take PEFT's own code unchanged.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _whole_files(save: Any) -> Any:
             return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
+        # Inside the target: it may be a mount of its own, or its parent not writable.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             if (target / "README.md").exists():  # PEFT updates the model card that is there
                 shutil.copy2(target / "README.md", staging)
             save(self, staging, safe_serialization, *args, **kwargs)

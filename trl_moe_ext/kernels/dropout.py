@@ -35,7 +35,8 @@ def keep_mask(seed: Tensor, pairs: Tensor, features: int, p: float) -> Tensor:
     columns = torch.arange((features + 1) // 2, dtype=torch.int32, device=pairs.device)
     rows = (pairs.to(torch.int32) * _ROW_STRIDE) ^ seed
     bits = _mix(_mix(rows).unsqueeze(1) + columns)
-    return bits.view(torch.int16)[:, :features] >= round(p * _LEVELS) - _LEVELS // 2
+    threshold = min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+    return bits.view(torch.int16)[:, :features] >= threshold
 
 
 def drop(x: Tensor, seed: Tensor, pairs: Tensor, p: float) -> Tensor:

@@ -29,7 +29,8 @@ def save_loss_curve(log_history: Iterable[Mapping[str, float]], path: Path) -> b
             axes.plot(*zip(*curves[name], strict=True), style, label=label, markersize=4)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
+    if all(value >= 0 for curve in curves.values() for _, value in curve):  # the loss of GRPO may be negative
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

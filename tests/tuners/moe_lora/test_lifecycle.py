@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer, inspect_matched_modules
 from transformers import AutoModelForCausalLM
 
 from tests.families import build, inputs, randomise_factors
 from tests.tolerances import assert_output_close, relative_error
 from trl_moe_ext import MoeLoraConfig
-from trl_moe_ext.errors import AdapterFileError, ConfigError
+from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
+from trl_moe_ext.kernels.experts_mlp import experts_mlp
+from trl_moe_ext.kernels.reference import experts_mlp_reference
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
 
 BATCH = inputs("qwen3_moe")
@@ -104,6 +109,41 @@ def test_a_safe_merge_of_a_broken_adapter_changes_nothing(model):
         layer.merge(safe_merge=True)
     for name, p in layer.base_layer.named_parameters():
         torch.testing.assert_close(p, weights[name], rtol=0, atol=0)
+
+
+def test_a_safe_merge_checks_every_layer_before_it_changes_one(model):
+    last = [m for m in model.modules() if isinstance(m, MoeLoraExperts)][-1]
+    last.lora_B["default"].down_proj.data[0, 0, 0] = float("nan")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterFileError, match="nothing was merged"):
+            merge(safe_merge=True)
+        assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
+def test_each_adapter_keeps_its_kernel():
+    model = get_peft_model(build("qwen3_moe"), MoeLoraConfig(kernel="reference"))
+    model.add_adapter("second", MoeLoraConfig())
+    kernels = experts_layer(model).kernels
+    assert kernels["default"] is experts_mlp_reference
+    assert kernels["second"] is experts_mlp
+
+
+def test_offloaded_experts_are_an_error_and_not_garbage(model):
+    with pytest.raises(LayoutError, match="the experts are on meta and their tokens on cpu: offloaded"):
+        cpu_offload(model, execution_device=torch.device("cpu"))(**BATCH)
+
+
+def test_a_copy_of_the_model_is_a_model_of_its_own(model):
+    twin = copy.deepcopy(model)
+    randomise_factors(model.add_adapter("second", MoeLoraConfig(r=2)) or model, "second")
+    assert inspect_matched_modules(twin.base_model)["matched"]
+    torch.testing.assert_close(logits(twin), logits(model), rtol=0, atol=0)
+
+
+def test_a_second_adapter_inside_a_saved_module_is_refused():
+    model = get_peft_model(build("qwen3_moe"), MoeLoraConfig(modules_to_save=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj|ModulesToSave"):
+        model.add_adapter("second", MoeLoraConfig(r=2))
 
 
 def test_merging_in_bfloat16_rounds_once(model):

@@ -112,6 +112,38 @@ def test_target_parameters_name_one_projection_of_one_layer():
     assert [n for n, _ in layer.lora_A["default"].named_parameters()] == ["down_proj"]
 
 
+def projections(modules):
+    """Layer number and adapted projections of every module of experts."""
+    return {
+        int(name.split("layers.")[1].split(".")[0]): {n for n, _ in module.lora_A["default"].named_parameters()}
+        for name, module in modules.items()
+        if isinstance(module, MoeLoraExperts)
+    }
+
+
+@pytest.mark.parametrize("moe_target", [["attention"], ["attention", "experts"]])
+def test_target_parameters_choose_the_experts_exactly(moe_target):
+    """They are more specific than the default of `moe_target`, and may differ from layer to layer."""
+    names = ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    modules = adapted(MoeLoraConfig(moe_target=moe_target, target_parameters=names))
+    assert projections(modules) == {0: {"gate_up_proj"}, 1: {"down_proj"}}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("experts", {0: {"gate_up_proj", "down_proj"}, 1: {"gate_up_proj", "down_proj"}}),
+        ("layers.1.mlp.experts", {1: {"gate_up_proj", "down_proj"}}),
+        ("down_proj", {0: {"down_proj"}, 1: {"down_proj"}}),
+        ("gate_proj", {0: {"gate_up_proj"}, 1: {"gate_up_proj"}}),
+        ("layers.1.mlp.experts.down_proj", {1: {"down_proj"}}),
+    ],
+)
+def test_expert_words_in_target_modules_mean_what_they_say(word, expected):
+    modules = adapted(MoeLoraConfig(moe_target=["attention"], target_modules=["q_proj", word]))
+    assert projections(modules) == expected
+
+
 def test_target_parameters_may_name_a_bare_parameter_beside_the_experts():
     config = MoeLoraConfig(moe_target=["experts"], target_parameters=["mlp.gate.weight"])
     assert last_words(adapted(config)) == {"experts", "gate"}
@@ -163,6 +195,18 @@ def test_a_word_that_means_nothing_is_an_error(options, message):
 def test_pefts_guard_of_mamba_layers_holds():
     with pytest.raises(ValueError, match="incompatible with Mamba"):
         adapted(MoeLoraConfig(target_modules=["out_proj"]), "nemotron_h")
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe"])
+def test_a_second_adapter_finds_the_same_parts_as_the_first(model_type):
+    """It sees the model as if no adapter were attached."""
+    config = MoeLoraConfig(moe_target=["experts", "attention", "router"])
+    model = get_peft_model(build(model_type), config)
+    model.add_adapter("second", MoeLoraConfig(moe_target=["experts", "attention", "router"]))
+    names = {
+        a: {n.replace(f".{a}.", ".") for n, _ in model.named_parameters() if f".{a}." in n} for a in model.peft_config
+    }
+    assert names["default"] == names["second"]
 
 
 def test_saving_a_whole_experts_module_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
+    other_param_names = (*LoraLayer.other_param_names, "kernels")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, r: int, lora_alpha: float, **kwargs: Any
@@ -53,6 +54,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         # The arguments after hidden_states: families call them differently, some by keyword.
         self._routing_names = tuple(inspect.signature(base_layer.forward).parameters)[1:3]
         LoraLayer.__init__(self, base_layer, **kwargs)
+        self.kernels: dict[str, Callable[..., Tensor]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
@@ -85,7 +87,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_dropout[adapter_name] = dropout
         self.lora_A[adapter_name] = ExpertFactors({p.name: (experts, r, p.in_features) for p in adapted})
         self.lora_B[adapter_name] = ExpertFactors({p.name: (experts, p.out_features, r) for p in adapted})
-        self.kernel = host().lookup("register_kernels", config.kernel).experts_mlp
+        self.kernels[adapter_name] = host().lookup("register_kernels", config.kernel).experts_mlp
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -127,7 +129,8 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             out: Tensor = self.base_layer(hidden_states, *args, **kwargs)
             return out
         top_k_index, top_k_weights = (*args, *(kwargs[name] for name in self._routing_names[len(args) :]))
-        out = self.kernel(
+        self._check_device(hidden_states)
+        out = self.kernels[adapters[0]](
             hidden_states,
             top_k_index,
             top_k_weights,
@@ -136,6 +139,15 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             self._updates(adapters, self.layout.down, hidden_states.device),
         )
         return out
+
+    def _check_device(self, hidden_states: Tensor) -> None:
+        # Hooks that bring offloaded weights in run when a module is called; the kernel takes the weights themselves.
+        weight: Tensor = getattr(self.get_base_layer(), self.layout.down.name)
+        if weight.device != hidden_states.device:
+            raise LayoutError(
+                f"the experts are on {weight.device} and their tokens on {hidden_states.device}: offloaded experts "
+                "cannot be adapted yet. Load the model without offloading, or leave 'experts' out of moe_target"
+            )
 
     def _updates(self, adapters: list[str], projection: Projection, device: torch.device) -> Updates:
         return tuple(
@@ -162,14 +174,20 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         Raises:
             AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if safe_merge:
-            for name in names:
-                self._check_finite(name)
-        for name in names:
+            self.check_mergeable(adapter_names)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
             for expert_weight, delta in self._deltas(name):
                 expert_weight.copy_(expert_weight.to(delta.dtype) + delta)
             self.merged_adapters.append(name)
+
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raise AdapterFileError unless the merged weights of this module would be finite; nothing is changed."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.lora_A and name not in self.merged_adapters:
+                self._check_finite(name)
 
     def unmerge(self) -> None:
         """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""

@@ -16,7 +16,7 @@ from trl_moe_ext.experts.layout import read_layout
 from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
-from trl_moe_ext.tuners.moe_lora.targets import Targets, resolve_targets
+from trl_moe_ext.tuners.moe_lora.targets import resolve_targets
 
 
 class MoeLoraModel(LoraModel):  # type: ignore[misc]
@@ -24,9 +24,6 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
 
     Made by `peft.get_peft_model` from a `MoeLoraConfig`; everything else is as for `peft.LoraModel`.
     """
-
-    # Resolved targets by the identity of the config that asked for them.
-    _targets: dict[int, Targets]
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> MoeLoraConfig:
         try:
@@ -43,9 +40,9 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
                 f"{type(self.model).__name__} has no routed experts: moe_lora trains ordinary LoRA on its Linears",
                 stacklevel=2,
             )
-        self.__dict__.setdefault("_targets", {})[id(peft_config)] = targets
+        # On the config, but not one of its fields: it goes where the config goes, and is not saved.
+        peft_config.resolved = targets
         peft_config.target_modules = targets.linears
-        peft_config.expert_projections = targets.expert_projections
         # What the user named stays in the saved config, expert stacks too; `_inject_parameters` leaves those out.
         peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *targets.parameters}) or None
         return peft_config
@@ -54,14 +51,13 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         self, peft_config: MoeLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         bare = copy.copy(peft_config)
-        bare.target_parameters = self._targets[id(peft_config)].parameters
+        bare.target_parameters = peft_config.resolved.parameters
         names: list[str] = super()._inject_parameters(bare, model, adapter_name, low_cpu_mem_usage)
         # The others name stacks of experts, which are adapted already: PEFT would warn that they match nothing.
         return names + [name for name in peft_config.target_parameters if name not in bare.target_parameters]
 
     def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
-        targets = self._targets[id(peft_config)]
-        if key in targets.experts or key in targets.routers:
+        if key in peft_config.resolved.experts or key in peft_config.resolved.routers:
             return True
         return super()._check_target_module_exists(peft_config, key)
 
@@ -80,6 +76,8 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         if parameter_name is not None:
             config.lora_dropout = 0.0  # PEFT merges a bare parameter before it is used: there is no input to drop
         elif _is_experts(target):
+            projections = lora_config.resolved.experts.get(current_key, ())
+            config.expert_projections = min(projections) if len(projections) == 1 else config.expert_projections
             config.r = lora_config.expert_r or lora_config.r
             config.lora_alpha = (
                 lora_config.lora_alpha if lora_config.expert_alpha is None else lora_config.expert_alpha
@@ -104,6 +102,23 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         stock = copy.copy(peft_config)
         stock.peft_type = PeftType.LORA
         super()._check_target_module_compatiblity(stock, model, target_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; with `safe_merge` the experts of all layers are checked before the first weight changes."""
+        self._check_experts(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
+    ) -> nn.Module:
+        self._check_experts(adapter_names, merge and safe_merge)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return model
+
+    def _check_experts(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for module in self.modules():
+            if safe_merge and isinstance(module, MoeLoraExperts):
+                module.check_mergeable(adapter_names)
 
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(module, MoeLoraExperts) for module in self.modules()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import (
@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from trl_moe_ext.errors import ConfigError, LayoutError, near_matches
@@ -20,7 +21,12 @@ from trl_moe_ext.experts.anatomy import Anatomy, read_anatomy
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 
 # Words for the projections of an MLP. They name Linears where there are some, and the routed experts' projections.
-_EXPERT_WORDS = {"experts", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_BOTH = {"gate_up", "down"}
+_EXPERT_WORDS = {
+    "experts": _BOTH,
+    **{word: {"gate_up"} for word in ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3")},
+    **{word: {"down"} for word in ("down_proj", "w2")},
+}
 
 
 @dataclass
@@ -28,8 +34,7 @@ class Targets:
     """What one adapter takes from one model.
 
     Attributes:
-        experts: names of modules of routed experts.
-        expert_projections: which of their projections, in the config's words.
+        experts: modules of routed experts -> which of their projections, ``gate_up``, ``down`` or both.
         routers: names of routers that are Linears.
         linears: other Linears, in PEFT's terms: a set of suffixes, or a regular expression of the user's.
         parameters: bare parameters that PEFT wraps itself (a router's weight), as suffixes.
@@ -37,8 +42,7 @@ class Targets:
         anatomy: the parts of the model, for the summary.
     """
 
-    experts: set[str] = field(default_factory=set)
-    expert_projections: str = "both"
+    experts: dict[str, set[str]] = field(default_factory=dict)
     routers: set[str] = field(default_factory=set)
     linears: set[str] | str = field(default_factory=set)
     parameters: list[str] = field(default_factory=list)
@@ -58,11 +62,9 @@ def resolve_targets(config: MoeLoraConfig, model: nn.Module) -> Targets:
     if anatomy.unread_experts and _wants_experts(config):
         raise LayoutError(_unread(anatomy, modules, getattr(model, "quantization_method", None)))
     _check_modules_to_save(config, anatomy)
-    targets = Targets(is_dense=not anatomy.experts, anatomy=anatomy, expert_projections=config.expert_projections)
+    targets = Targets(is_dense=not anatomy.experts, anatomy=anatomy)
     _take_parameters(targets, config, modules)
-    if _wants_experts(config):
-        targets.expert_projections = config.expert_projections
-        targets.experts = {name for name in anatomy.experts if _selected(config, name)}
+    _take_experts(targets, config)
     if config.target_modules:
         _check_words(config, modules, anatomy)
         targets.linears = config.target_modules
@@ -85,16 +87,38 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not name or name.startswith(inside or "\0"):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside += (name + ".",)
-            yield name, module.get_base_layer()
+            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         else:
             yield name, module
 
 
 def _wants_experts(config: MoeLoraConfig) -> bool:
-    words = config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ()
-    return "experts" in config.moe_target or any(word.rpartition(".")[2] in _EXPERT_WORDS for word in words)
+    return "experts" in config.moe_target or any(word.rpartition(".")[2] in _EXPERT_WORDS for word in _words(config))
+
+
+def _words(config: MoeLoraConfig) -> Collection[str]:
+    return config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ()
+
+
+def _take_experts(targets: Targets, config: MoeLoraConfig) -> None:
+    """Add the experts that `moe_target` and the words of `target_modules` name, unless `target_parameters` chose."""
+    allowed = _BOTH if config.expert_projections == "both" else {config.expert_projections}
+    if "experts" in config.moe_target and not targets.experts:
+        _add_experts(targets, config, "", allowed)
+    for word in _words(config):
+        path, _, last = word.rpartition(".")
+        if last in _EXPERT_WORDS:
+            # `layers.1.mlp.experts` names one module, `experts.down_proj` a projection of all, `gate_proj` likewise.
+            _add_experts(targets, config, word if last == "experts" and path else path, _EXPERT_WORDS[last] & allowed)
+
+
+def _add_experts(targets: Targets, config: MoeLoraConfig, path: str, projections: set[str]) -> None:
+    """Add `projections` of every selected module of experts whose name has `path` in it."""
+    for name in targets.anatomy.experts:
+        if projections and (not path or f".{path}." in f".{name}.") and _selected(config, name):
+            targets.experts.setdefault(name, set()).update(projections)
 
 
 def _parts(config: MoeLoraConfig, targets: Targets) -> list[str]:
@@ -122,24 +146,23 @@ def _suffixes(names: list[str], modules: dict[str, nn.Module]) -> set[str]:
 
 def _take_parameters(targets: Targets, config: MoeLoraConfig, modules: dict[str, nn.Module]) -> None:
     """Split `target_parameters` into stacks of experts, which take the grouped path, and the rest, which is PEFT's."""
-    words = set()
     for target in config.target_parameters or []:
-        owners = set()
-        for name, layout in targets.anatomy.experts.items():
-            for word, projection in (("gate_up", layout.up), ("down", layout.down)):
-                if f".{name}.{projection.name}".endswith(f".{target}"):
-                    owners.add(name)
-                    words.add(word)
+        owners = [
+            (name, word)
+            for name, layout in targets.anatomy.experts.items()
+            for word, projection in (("gate_up", layout.up), ("down", layout.down))
+            if f".{name}.{projection.name}".endswith(f".{target}")
+        ]
+        for name, word in owners:
+            if _selected(config, name):
+                targets.experts.setdefault(name, set()).add(word)
         if owners:
-            targets.experts |= {name for name in owners if _selected(config, name)}
             continue
         known = [f"{name}.{p}" for name, m in modules.items() for p, _ in m.named_parameters(recurse=False)]
         if not any(f".{name}".endswith(f".{target}") for name in known):
             last = {name.rpartition(".")[2] for name in known}
             raise ConfigError(f"target_parameters: no parameter is called {target!r}; {near_matches(target, last)}")
         targets.parameters.append(target)
-    if len(words) == 1:
-        targets.expert_projections = words.pop()
 
 
 def _check_words(config: MoeLoraConfig, modules: dict[str, nn.Module], anatomy: Anatomy) -> None:
