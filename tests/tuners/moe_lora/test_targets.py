@@ -160,13 +160,16 @@ SELECTIONS = {
     "experts alone": {"moe_target": ["experts"]},
     "router": {"moe_target": ["experts", "router"]},
     "one projection by parameter": {"moe_target": [], "target_parameters": ["experts.down_proj"]},
+    "a projection by a bare word": {"moe_target": ["attention"], "target_modules": ["q_proj", "down_proj"]},
     "one layer": {"layers_to_transform": [1]},
+    "every part": {"moe_target": ["experts", "attention", "shared_experts", "dense_mlp", "router"]},
+    "everything but the experts": {"moe_target": ["attention", "dense_mlp"]},
     "a regular expression": {"target_modules": r".*\.q_proj"},
-    "excluded": {"exclude_modules": r".*layers\.0\..*experts"},
+    "excluded": {"exclude_modules": r".*layers\.1\..*experts"},
 }
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe", "glm4_moe"])
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_a_loaded_adapter_adapts_what_the_saved_one_did(selection, model_type, tmp_path):
     model = get_peft_model(build(model_type), MoeLoraConfig(r=2, init_lora_weights=False, **selection))

@@ -70,7 +70,7 @@ def resolve_targets(config: MoeLoraConfig, model: nn.Module) -> Targets:
         targets.linears = config.target_modules
     else:
         linears = [name for part in _parts(config, targets) for name in getattr(anatomy, part)]
-        targets.linears = _suffixes([name for name in linears if _selected(config, name)], modules)
+        targets.linears = _suffixes([name for name in linears if _selected(config, name)], modules, targets.is_dense)
     if "router" in config.moe_target:
         targets.routers = {name for name in anatomy.router if _selected(config, name)}
         targets.parameters += [
@@ -110,14 +110,15 @@ def _take_experts(targets: Targets, config: MoeLoraConfig) -> None:
     for word in _words(config):
         path, _, last = word.rpartition(".")
         if last in _EXPERT_WORDS:
-            # `layers.1.mlp.experts` names one module, `experts.down_proj` a projection of all, `gate_proj` likewise.
+            # `gate_proj` and `experts.down_proj` name a projection of all, `layers.1.mlp.experts` one module. A path
+            # that leads elsewhere, as in `shared_experts.down_proj`, names no routed experts.
             _add_experts(targets, config, word if last == "experts" and path else path, _EXPERT_WORDS[last] & allowed)
 
 
 def _add_experts(targets: Targets, config: MoeLoraConfig, path: str, projections: set[str]) -> None:
-    """Add `projections` of every selected module of experts whose name has `path` in it."""
+    """Add `projections` of every selected module of experts whose name ends with `path`, of all if it is empty."""
     for name in targets.anatomy.experts:
-        if projections and (not path or f".{path}." in f".{name}.") and _selected(config, name):
+        if projections and (not path or f".{name}".endswith(f".{path}")) and _selected(config, name):
             targets.experts.setdefault(name, set()).update(projections)
 
 
@@ -136,12 +137,21 @@ def _selected(config: MoeLoraConfig, name: str) -> bool:
     return bool(check_target_module_exists(probe, name))
 
 
-def _suffixes(names: list[str], modules: dict[str, nn.Module]) -> set[str]:
-    """The shortest suffixes that name these modules and no other."""
+def _suffixes(names: list[str], modules: dict[str, nn.Module], is_dense: bool) -> set[str]:
+    """The shortest suffixes that name these modules and no other, and that are no words for routed experts.
+
+    They are saved as `target_modules`: a bare ``gate_proj`` would bring the experts in when the adapter is loaded.
+    """
     if not names:
         return set()
     others = [name for name in modules if name not in set(names)]
-    return set(_find_minimal_target_modules(names, others))
+    suffixes: set[str] = set(_find_minimal_target_modules(names, others))
+    for word in set() if is_dense else suffixes & _EXPERT_WORDS.keys():
+        suffixes.remove(word)
+        for name in (name for name in names if name.endswith(f".{word}")):
+            longer = ".".join(name.split(".")[-2:])
+            suffixes.add(name if any(other.endswith(f".{longer}") for other in others) else longer)
+    return suffixes
 
 
 def _take_parameters(targets: Targets, config: MoeLoraConfig, modules: dict[str, nn.Module]) -> None:
