@@ -103,3 +103,14 @@ def test_the_experts_forward_compiles_without_a_graph_break(dtype):
     assert_output_close(compiled(x, index, w), layer(x, index, w), dtype)
     compiled(x, index, w).sum().backward()
     assert layer.lora_A["default"].gate_up_proj.grad is not None
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_whole_model_compiles_without_a_graph_break(model_type):
+    model = get_peft_model(build(model_type), MoeLoraConfig(r=3, lora_dropout=0.1)).eval()
+    randomise_factors(model)
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    batch = inputs(model_type)
+    assert_output_close(compiled(**batch).logits, model(**batch).logits, torch.float32)
+    compiled.train()(**batch).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
