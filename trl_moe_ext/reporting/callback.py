@@ -7,14 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_moe_ext.reporting.adapted import adapted_table
 from trl_moe_ext.reporting.loss_curve import save_loss_curve
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
@@ -56,13 +55,13 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
         if _saved_at(output_dir) in (None, before):
             self.console.print(f"The adapter was not saved to {output_dir}: the script ended before.", style="red")
             return
-        self.console.print(f"Adapter:    {output_dir / ADAPTER_FILE}")
+        self.console.print(f"Adapter:    {output_dir / SAFETENSORS_WEIGHTS_NAME}")
         self.console.print(f"Next:       trl-moe ask {shlex.quote(str(output_dir))} 'your question'")
 
 
 def _saved_at(output_dir: Path) -> float | None:
     """When the adapter file was written, None if there is none."""
-    file = output_dir / ADAPTER_FILE
+    file = output_dir / SAFETENSORS_WEIGHTS_NAME
     return file.stat().st_mtime if file.exists() else None
 
 
