@@ -15,6 +15,7 @@ import pytest
 
 from trl_moe_ext import __version__, hookspecs, plugins
 from trl_moe_ext.errors import PluginError
+from trl_moe_ext.experts.registry import ExpertsFamily
 from trl_moe_ext.hookspecs import hookimpl
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import PluginHost, PluginWarning
@@ -93,6 +94,13 @@ def test_register_kernels(install: Callable[..., PluginHost]) -> None:
     ]
 
 
+def test_register_experts_families(install: Callable[..., PluginHost]) -> None:
+    record = ExpertsFamily("tomorrow", "a family of tomorrow", read_layout=lambda module: None)
+    plug_in = with_functions(renamed(hookimpl(lambda: [record]), "register_experts_families"))
+    host = install(FakeEntryPoint("tomorrow", "tomorrow-dist", plug_in))
+    assert host.lookup("register_experts_families", "tomorrow") is record
+
+
 def test_every_hook_has_a_test_and_a_record_type() -> None:
     assert list(hookspecs.RECORD_TYPES) == HOOKS
     assert not [hook for hook in HOOKS if f"test_{hook}" not in globals()]
@@ -117,7 +125,7 @@ NOT_TAKEN = {
     "record without a name": (providing([Kernel(7, "", len)]), "with a name each, not of Kernel(name=7"),  # type: ignore[arg-type]
     "unknown hook": (
         with_functions(renamed(hookimpl(lambda: ()), "register_kernel")),
-        "register_kernel is not a hook; did you mean register_kernels?",
+        "register_kernel is not a hook; did you mean register_kernels",
     ),
     "unknown argument": (with_functions(renamed(hookimpl(lambda device: ()), "register_kernels")), "device"),
     "no hook": (len, "it implements no hook"),

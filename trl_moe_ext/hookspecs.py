@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from trl_moe_ext.experts.registry import ExpertsFamily
     from trl_moe_ext.kernels.registry import Kernel
 
 __all__ = ["PROJECT", "RECORD_TYPES", "hookimpl", "hookspec"]
@@ -22,10 +23,19 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 # What a hook's records are instances of, by name: the host checks them without importing torch beforehand.
-RECORD_TYPES = {"register_kernels": "trl_moe_ext.kernels.registry:Kernel"}
+RECORD_TYPES = {
+    "register_kernels": "trl_moe_ext.kernels.registry:Kernel",
+    "register_experts_families": "trl_moe_ext.experts.registry:ExpertsFamily",
+}
 
 
 @hookspec
 def register_kernels() -> Sequence[Kernel]:
     """Implementations of the expert MLP with low-rank updates, each a `Kernel` with a unique `name`."""
+    raise NotImplementedError("a hook specification is never called")
+
+
+@hookspec
+def register_experts_families() -> Sequence[ExpertsFamily]:
+    """Families whose experts structure alone does not tell, each an `ExpertsFamily` with a unique `name`."""
     raise NotImplementedError("a hook specification is never called")

@@ -27,7 +27,10 @@ from trl_moe_ext.errors import PluginError, near_matches
 __all__ = ["BUILTINS", "Plugin", "PluginHost", "PluginWarning", "host"]
 
 # Name of the plug-in and its module, which is imported when the first record is asked for.
-BUILTINS = (("builtin_kernels", "trl_moe_ext.kernels.builtin"),)
+BUILTINS = (
+    ("builtin_kernels", "trl_moe_ext.kernels.builtin"),
+    ("builtin_families", "trl_moe_ext.experts.families"),
+)
 
 
 class PluginWarning(UserWarning):

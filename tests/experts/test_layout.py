@@ -6,28 +6,30 @@ import pytest
 import torch
 from torch import nn
 
-from tests.families import build, build_experts, experts_of
+from tests.families import build, experts_of
 from trl_moe_ext.errors import LayoutError
-from trl_moe_ext.experts.layout import expert_weights, read_layout
+from trl_moe_ext.experts.layout import expert_weights
+from trl_moe_ext.experts.reading import read_layout
 
 
 @pytest.mark.parametrize(
     ("model_type", "expected"),
     [
-        ("qwen3_moe", {"has_gate": True, "is_transposed": False, "is_interleaved": False}),
-        ("gpt_oss", {"has_gate": True, "is_transposed": True, "is_interleaved": True}),
-        ("aria_text", {"has_gate": True, "is_transposed": True, "is_interleaved": False}),
-        ("nemotron_h", {"has_gate": False, "is_transposed": False, "is_interleaved": False}),
+        ("qwen3_moe", {"has_gate": True, "is_interleaved": False}),
+        ("gpt_oss", {"has_gate": True, "is_interleaved": True}),
+        ("aria_text", {"has_gate": True, "is_interleaved": False}),
+        ("nemotron_h", {"has_gate": False, "is_interleaved": False}),
     ],
 )
 def test_flags(model_type, expected):
     layout = read_layout(experts_of(build(model_type)))
     assert {name: getattr(layout, name) for name in expected} == expected
+    assert all(p.is_transposed is (model_type in ("gpt_oss", "aria_text")) for p in layout.projections)
     assert layout.up.name == ("gate_up_proj" if expected["has_gate"] else "up_proj")
 
 
 def test_a_norm_after_each_expert():
-    assert read_layout(build_experts("muse_spark_text")).has_post_norm
+    assert read_layout(experts_of(build("muse_spark_text"))).has_post_norm
 
 
 def test_sizes_do_not_depend_on_the_orientation():

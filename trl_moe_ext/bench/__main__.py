@@ -1,4 +1,4 @@
-"""`python -m trl_moe_ext.bench`: one training step of a Qwen3-30B-A3B layer, peers side by side."""
+"""`python -m trl_moe_ext.bench`: one training step of a decoder layer, peers side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_moe_ext.bench.measure import Measured, Plan, measure_in_process
+from trl_moe_ext.bench.shapes import SHAPES
 
 _DEFAULT_PEERS = ["frozen", "moe_lora", "peft_grouped_mm"]
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="+", default=_DEFAULT_PEERS, help="frozen, moe_lora, peft_grouped_mm, peft_eager"
     )
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rank", type=int, default=16)
@@ -28,8 +30,10 @@ def main() -> None:
     results: dict[str, list[Measured]] = {peer: [] for peer in args.peers}
     for _ in range(args.rounds):
         for peer in args.peers:
-            results[peer].append(measure_in_process(Plan(peer, args.dtype, args.rank, args.tokens, args.steps)))
-    title = f"One training step, {args.tokens} tokens, {args.dtype}, E=128 H=2048 I=768 top-8, r={args.rank}"
+            plan = Plan(args.shape, peer, args.dtype, args.rank, args.tokens, args.steps)
+            results[peer].append(measure_in_process(plan))
+    sizes = SHAPES[args.shape].description
+    title = f"One training step of {args.shape}, {args.tokens} tokens, {args.dtype}, {sizes}, r={args.rank}"
     console = Console()
     # In a file or a pipe a row stays one line.
     console.width = console.width if console.is_terminal else 120

@@ -15,8 +15,9 @@ import torch
 
 @dataclass(frozen=True)
 class Plan:
-    """One measurement: a peer, its dtype and rank, tokens a step, and how many steps to time after two to warm up."""
+    """One measurement: shape, peer, dtype and rank, tokens a step, and how many steps to time after two to warm up."""
 
+    shape: str
     peer: str
     dtype: str
     rank: int
@@ -50,14 +51,15 @@ def measure_in_process(plan: Plan) -> Measured:
 
 def measure(plan: Plan) -> Measured:
     """Time forward and backward of random tokens, new ones in every step so that the routing is new as well."""
-    from trl_moe_ext.bench.peers import PEERS, qwen3_30b_a3b_layer
+    from trl_moe_ext.bench.peers import PEERS
+    from trl_moe_ext.bench.shapes import SHAPES, VOCABULARY
 
     implementation, adapt = PEERS[plan.peer]
-    model = adapt(qwen3_30b_a3b_layer(getattr(torch, plan.dtype), implementation), plan.rank)
+    model = adapt(SHAPES[plan.shape].build(getattr(torch, plan.dtype), implementation), plan.rank)
     idle = _reset_peak()
     seconds = []
     for step in range(2 + plan.steps):
-        tokens = torch.randint(0, 1024, (1, plan.tokens))
+        tokens = torch.randint(0, VOCABULARY, (1, plan.tokens))
         start = time.perf_counter()
         model(input_ids=tokens, labels=tokens).loss.backward()
         if step >= 2:

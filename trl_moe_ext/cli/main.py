@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from trl_moe_ext._version import __version__
 from trl_moe_ext.cli.ask import ask
+from trl_moe_ext.cli.inspect import inspect
 from trl_moe_ext.cli.plugins import plugins
 from trl_moe_ext.cli.upcycle import upcycle
 from trl_moe_ext.errors import MoeExtError
@@ -40,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(ask)
+app.command()(inspect)
 app.command()(plugins)
 app.command()(upcycle)
 

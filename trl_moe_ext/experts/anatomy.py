@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from trl_moe_ext.experts.layout import ExpertsLayout, read_layout
+from trl_moe_ext.experts.finding import OTHER_MODALITY, FoundExperts, ancestors, find_experts
+from trl_moe_ext.experts.layout import ExpertsLayout
 
 NamedModules = Iterable[tuple[str, nn.Module]]
+
+PARTS = ("attention", "shared_experts", "dense_mlp", "router")
 
 # An indexer's scores only choose positions: no gradient reaches its Linears, and LoRA there would never be trained.
 _NOT_TRAINED = re.compile(r"(^|[._])indexer([._]|$)")
 _ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)($|_)")
 _ATTENTION_CLASS = re.compile(r"Attention(?!Layer|Block)")
-_OTHER_MODALITY = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video)")
-_ROUTER_NAME = re.compile(r"(^|_)router($|_)|(^|_)gate$")
+_ROUTER_NAME = re.compile(r"(^|_)router($|_)|^gate$")
 _SHARED_NAME = re.compile(r"shared")
-_EXPERTS_NAME = re.compile(r"experts?($|_)|Experts?(?![a-z])")
 _MLP_NAME = re.compile(
     r"(^|_)(mlp|ffn|feed_forward|fc1|fc2|gate_proj|up_proj|down_proj|dense_h_to_4h|dense_4h_to_h)($|_)"
 )
+_DOWN_NAME = re.compile(r"(^|_)(down|w2|wo|fc2|out|output|c_proj)(_|$)")
 
 
 @dataclass
@@ -35,19 +37,30 @@ class Anatomy:
     """Names of the adaptable parts of a model.
 
     Attributes:
-        experts: modules of routed experts, with their layouts.
-        unread_experts: modules that are called experts but whose layout is not known.
-        attention, shared_experts, dense_mlp: names of Linears.
-        router: names of router Linears, and of bare router parameters (``module.parameter``) in `router_parameters`.
+        experts, expert_linears, other_experts, unread_experts: what `find_experts` found.
+        attention, shared_experts, dense_mlp, router: names of Linears.
+        parameters: those four parts -> names (``module.parameter``) of matrices that are not the weight of an ordinary
+            Linear: a router that multiplies by itself, a Linear with a forward of its own, shared experts in stacks.
+        untrained: Linears that no gradient reaches: LoRA there would stay at zero.
     """
 
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)
+    expert_linears: dict[str, str] = field(default_factory=dict)
+    other_experts: dict[str, ExpertsLayout] = field(default_factory=dict)
     unread_experts: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     shared_experts: list[str] = field(default_factory=list)
     dense_mlp: list[str] = field(default_factory=list)
     router: list[str] = field(default_factory=list)
-    router_parameters: list[str] = field(default_factory=list)
+    parameters: dict[str, list[str]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    untrained: list[str] = field(default_factory=list)
+
+    def add(self, part: str, name: str, module: nn.Module) -> None:
+        """Add a Linear to its part, as a module if PEFT's LoRA can take its place, else as a parameter."""
+        if _is_ordinary(module) or part == "untrained":
+            getattr(self, part).append(name)
+        else:
+            self.parameters[part].append(f"{name}.weight")
 
 
 def read_anatomy(named_modules: NamedModules) -> Anatomy:
@@ -57,32 +70,35 @@ def read_anatomy(named_modules: NamedModules) -> Anatomy:
         named_modules: name and module of the model without adapters, parents before children.
     """
     modules = dict(named_modules)
-    anatomy = Anatomy()
+    found = find_experts(modules)
+    anatomy = Anatomy(found.stacks, found.linears, found.other_modality, found.unread)
+    routers = _routers(modules, found)
+    told = {name: part for part, names in found.parts.items() for name in names if part != "router"}
+    containers = found.modules
+    stacks = {_stack(name) for name in (*found.stacks, *found.linears, *found.unread)}
     for name, module in modules.items():
-        layout = read_layout(module)
-        if layout is not None:
-            anatomy.experts[name] = layout
-    for name, module in modules.items():
-        if _is_unread(name, module) and not _inside(name, (*anatomy.experts, *anatomy.unread_experts)):
-            anatomy.unread_experts.append(name)
-    routers = _routers(modules, anatomy.experts)
-    taken = (*routers, *anatomy.experts, *anatomy.unread_experts)
-    stacks = {_stack(experts) for experts in (*anatomy.experts, *anatomy.unread_experts)}
-    for name, module in modules.items():
-        if name in routers:
-            _add_router(anatomy, name, modules)
-        elif isinstance(module, nn.Linear) and not _inside(name, taken) and _in_language_model(name, stacks):
-            part = _part_of_linear(name, modules)
+        around = {*ancestors(name)}
+        if name in routers or not routers.isdisjoint(around):
+            _add_router(anatomy, name, module)
+        elif _SHARED_NAME.search(name.rpartition(".")[2]) and _in_language_model(name, stacks):
+            own = module.named_parameters(recurse=False)
+            anatomy.parameters["shared_experts"] += [f"{name}.{stack}" for stack, p in own if p.ndim == 3]
+        elif isinstance(module, nn.Linear) and name not in found.linears and _in_language_model(name, stacks):
+            is_of_experts = not containers.isdisjoint(around) and name not in told
+            part = told.get(name) or (None if is_of_experts else _part_of_linear(name, modules))
             if part is not None:
-                getattr(anatomy, part).append(name)
+                anatomy.add(part, name, module)
     return anatomy
 
 
-def _is_unread(name: str, module: nn.Module) -> bool:
-    names = (name.rpartition(".")[2], type(module).__name__)
-    is_called_experts = any(_EXPERTS_NAME.search(n) and not _SHARED_NAME.search(n.lower()) for n in names)
-    holds_weights = any(parameter.ndim >= 2 for parameter in module.parameters())
-    return is_called_experts and holds_weights and read_layout(module) is None and not isinstance(module, nn.Linear)
+def is_down_projection(name: str) -> bool:
+    """Whether the last part of a module's name says that it is the second projection of an MLP."""
+    return _DOWN_NAME.search(name.rpartition(".")[2]) is not None
+
+
+def _is_ordinary(module: nn.Module) -> bool:
+    """Whether a Linear is called as one. Those that a model defines itself may return anything."""
+    return type(module).forward is nn.Linear.forward or "modeling_" not in type(module).__module__
 
 
 def _in_language_model(name: str, stacks: set[str]) -> bool:
@@ -91,7 +107,7 @@ def _in_language_model(name: str, stacks: set[str]) -> bool:
     The tower of another modality is no part of what a user of a language model means by attention, and a data set of
     texts would leave it untrained.
     """
-    return _stack(name) in stacks if stacks else not _OTHER_MODALITY.search(name)
+    return _stack(name) in stacks if stacks else not OTHER_MODALITY.search(name)
 
 
 def _stack(name: str) -> str:
@@ -99,11 +115,10 @@ def _stack(name: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[0]
 
 
-def _part_of_linear(name: str, modules: dict[str, nn.Module]) -> str | None:
+def _part_of_linear(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     if _NOT_TRAINED.search(name):
-        return None
-    ancestors = _ancestors(name)
-    for ancestor in ancestors:
+        return "untrained"
+    for ancestor in ancestors(name):
         attribute = ancestor.rpartition(".")[2]
         is_class = ancestor in modules and _ATTENTION_CLASS.search(type(modules[ancestor]).__name__)
         if is_class or _ATTENTION_NAME.search(attribute):
@@ -119,38 +134,28 @@ def _part_of_linear(name: str, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
-def _routers(modules: dict[str, nn.Module], experts: dict[str, ExpertsLayout]) -> set[str]:
-    """Modules beside the experts that are called router or gate and hold a matrix with a row for each expert."""
+def _routers(modules: Mapping[str, nn.Module], found: FoundExperts) -> set[str]:
+    """Modules beside the experts that are called router or gate and hold a matrix as large as one score an expert."""
+    sizes = {name: layout.num_experts + layout.identity_experts for name, layout in found.stacks.items()}
+    sizes |= {name: len(list(modules[name].children())) for name in found.linears.values()}
     children = defaultdict(list)
     for name in modules:
         children[name.rpartition(".")[0]].append(name)
-    found = set()
-    for experts_name, layout in experts.items():
-        for sibling in children[experts_name.rpartition(".")[0]]:
+    routers = set(found.parts.get("router", ()))
+    for experts, num_experts in sizes.items():
+        for sibling in children[experts.rpartition(".")[0]]:
             attribute = sibling.rpartition(".")[2]
             if _ROUTER_NAME.search(attribute) and not _SHARED_NAME.search(attribute):
                 shapes = [p.shape for p in modules[sibling].parameters()]
-                if any(len(shape) == 2 and layout.num_experts in shape for shape in shapes):
-                    found.add(sibling)
-    return found
+                if any(len(shape) == 2 and max(shape) >= num_experts for shape in shapes):
+                    routers.add(sibling)
+    return routers
 
 
-def _add_router(anatomy: Anatomy, name: str, modules: dict[str, nn.Module]) -> None:
-    for child_name, child in modules.items():
-        if child_name != name and not _inside(child_name, (name,)):
-            continue
-        if isinstance(child, nn.Linear):
-            anatomy.router.append(child_name)
-        else:
-            for parameter_name, parameter in child.named_parameters(recurse=False):
-                if parameter.ndim == 2 and min(parameter.shape) > 1:
-                    anatomy.router_parameters.append(f"{child_name}.{parameter_name}")
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _inside(name: str, containers: Iterable[str]) -> bool:
-    return any(name.startswith(container + ".") for container in containers)
+def _add_router(anatomy: Anatomy, name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        anatomy.add("router", name, module)
+        return
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 2 and min(parameter.shape) > 1:
+            anatomy.parameters["router"].append(f"{name}.{parameter_name}")

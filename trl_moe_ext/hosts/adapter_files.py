@@ -110,16 +110,38 @@ def _complete_adapters(load: Any) -> Any:
     def load_adapter(
         self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        if peft_model_id and _is_ours(Path(peft_model_id)):
+            kwargs["weight_mapping"] = _no_renaming()
         with _named(Path(peft_model_id or "", _WEIGHTS)):
             info = load(self, peft_model_id, adapter_name, *args, **kwargs)
         name = adapter_name or "default"
         if self.peft_config[name].peft_type in OUR_TYPES:
-            from trl_moe_ext.tuners.moe_lora.adapter_files import check_loaded
+            from trl_moe_ext.tuners.moe_lora.adapter_files import check_loaded, fill_in
 
-            check_loaded(self, info.missing_keys, name)
+            missing = set(info.missing_keys)
+            if missing and peft_model_id:
+                missing -= fill_in(self, _weights_of(peft_model_id, kwargs), missing, name)
+            check_loaded(self, missing, name)
         return info
 
     return load_adapter
+
+
+def _no_renaming() -> list[Any]:
+    """Keys of our files are those of the model: what renames a family's own checkpoints would change right names."""
+    from transformers.core_model_loading import WeightRenaming
+
+    return [WeightRenaming(r"\A\Z", "")]  # an empty list would mean the family's own
+
+
+def _weights_of(peft_model_id: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of an adapter under the names of its file, from a directory or from the hub."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    download = getattr(options.get("load_config"), "download_kwargs", {}) | (options.get("adapter_kwargs") or {})
+    known = {name: download[name] for name in ("revision", "subfolder", "token", "cache_dir") if download.get(name)}
+    weights: dict[str, Any] = load_peft_weights(peft_model_id, device="cpu", **known)
+    return weights
 
 
 @contextmanager

@@ -47,12 +47,13 @@ def install_parser() -> None:
 
 
 def install_peft_config() -> None:
-    """Wrap `get_peft_config`; a second call does nothing.
+    """Wrap `get_peft_config`, and what gives the model to be trained its fused output layer; again it does nothing.
 
     Raises:
-        HostVersionError: it is not where we know it, or takes something else.
+        HostVersionError: one of them is not where we know it, or takes something else.
     """
     stock = find_seam("trl.trainer.utils:get_peft_config", parameters=("model_args",))
+    add_fused_lm_head = find_seam("trl.trainer.utils:add_fused_lm_head", parameters=("model",))
     if hasattr(stock, "trl_moe_ext"):
         return
 
@@ -67,11 +68,26 @@ def install_peft_config() -> None:
 
     get_peft_config.trl_moe_ext = True  # type: ignore[attr-defined]
     sys.modules["trl.trainer.utils"].__dict__["get_peft_config"] = get_peft_config
+    # The trainers' modules, which are imported after this one, take it from here.
+    sys.modules["trl.trainer.utils"].__dict__["add_fused_lm_head"] = _completed(add_fused_lm_head)
     # trl's packages are lazy modules that keep an attribute once it was asked for.
     for package in ("trl", "trl.trainer"):
         attributes = sys.modules[package].__dict__
         if attributes.get("get_peft_config") is stock:
             attributes["get_peft_config"] = get_peft_config
+
+
+def _completed(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
+        forward = model.forward
+        stock(model, *args, **kwargs)
+        if any(config.peft_type == "MOE_LORA" for config in getattr(model, "peft_config", {}).values()):
+            from trl_moe_ext.hosts.trl_fused_head import complete_fused_head
+
+            complete_fused_head(model, forward)
+
+    return add_fused_lm_head
 
 
 def add_run_summary() -> None:

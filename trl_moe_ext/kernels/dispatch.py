@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,10 @@ class Dispatch(NamedTuple):
     def gather(self, hidden_states: Tensor) -> Tensor:
         """``(T, n)`` tokens to ``(S, n)`` rows."""
         return hidden_states[torch.div(self.order, self.top_k, rounding_mode="floor")]
+
+    def rows(self, per_slot: Tensor) -> Tensor:
+        """``(T, K)`` values to ``(S, 1)``: each row's own."""
+        return per_slot.reshape(-1)[self.order].unsqueeze(-1)
 
     def to_slots(self, rows: Tensor) -> Tensor:
         """``(S, n)`` rows to ``(T, K, n)``: each token's K results in the order of its slots."""
@@ -59,3 +65,10 @@ def combine(rows: Tensor, top_k_weights: Tensor, dispatch: Dispatch) -> Tensor:
         ``(T, H)`` in the promoted dtype of both.
     """
     return (dispatch.to_slots(rows) * top_k_weights.unsqueeze(-1)).sum(dim=1)
+
+
+def rows_of_experts(rows_per_expert: Sequence[int], device: torch.device) -> Dispatch:
+    """The dispatch of rows that are sorted by expert already: `rows_per_expert` belong to each."""
+    rows = torch.arange(sum(rows_per_expert), device=device)
+    ends = torch.tensor(list(accumulate(rows_per_expert)), dtype=torch.int32, device=device)
+    return Dispatch(rows, rows, ends, 1)

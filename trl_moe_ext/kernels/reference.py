@@ -21,6 +21,7 @@ def experts_mlp_reference(
     weights: ExpertsWeights,
     up_updates: Updates,
     down_updates: Updates,
+    gate_updates: Updates = (),
 ) -> Tensor:
     """As `experts_mlp`, slowly and in the dtype of its inputs; in float64 it is the yardstick of the tests."""
     top_k = top_k_index.shape[1]
@@ -30,12 +31,20 @@ def experts_mlp_reference(
     for expert in range(weights.up.shape[0]):
         token, slot = torch.where(top_k_index == expert)
         pairs = token * top_k + slot
+        weight = top_k_weights[token, slot, None]
         x = hidden_states[token].to(dtype)
+        if weights.weights_on_input:
+            x, weight = x * weight.to(dtype), torch.ones_like(weight)
         h = _linear(x, weights.up, weights.up_bias, up_updates, expert, pairs)
+        if weights.gate is not None:
+            h = torch.cat([_linear(x, weights.gate, None, gate_updates, expert, pairs), h], dim=-1)
         y = _linear(weights.activation(h), weights.down, weights.down_bias, down_updates, expert, pairs)
         if weights.post_norm is not None:
             y = weights.post_norm(y)
-        out = out.index_add(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
+        out = out.index_add(0, token, (y * weight).to(out.dtype))
+    for expert in range(weights.up.shape[0], weights.up.shape[0] + weights.identity_experts):
+        token, slot = torch.where(top_k_index == expert)
+        out = out.index_add(0, token, (hidden_states[token] * top_k_weights[token, slot, None]).to(out.dtype))
     return out.to(hidden_states.dtype)
 
 

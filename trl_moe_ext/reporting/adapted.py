@@ -63,9 +63,14 @@ def adapted_table(model: nn.Module) -> Table:
 
 
 def _part_of_module(anatomy: Anatomy) -> dict[str, str]:
-    parts = dict.fromkeys(anatomy.experts, "routed experts")
-    parts |= dict.fromkeys(anatomy.shared_experts, "shared experts")
-    parts |= dict.fromkeys(anatomy.attention, "attention")
-    parts |= dict.fromkeys(anatomy.dense_mlp, "dense MLP")
-    parts |= dict.fromkeys(anatomy.router, "router")
-    return parts | {name.rpartition(".")[0]: "router" for name in anatomy.router_parameters}
+    parts = dict.fromkeys((*anatomy.experts, *anatomy.other_experts, *anatomy.expert_linears), "routed experts")
+    words = {
+        "shared_experts": "shared experts",
+        "attention": "attention",
+        "dense_mlp": "dense MLP",
+        "router": "router",
+    }
+    for word, part in words.items():
+        parts |= dict.fromkeys(getattr(anatomy, word), part)
+        parts |= {name.rpartition(".")[0]: part for name in anatomy.parameters[word]}
+    return parts

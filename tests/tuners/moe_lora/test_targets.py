@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.families import build, interface_families, other_families
+from tests.experts.stacked import WithScale
+from tests.families import FAMILIES, build
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import ConfigError, LayoutError
+from trl_moe_ext.experts import census
+from trl_moe_ext.experts.anatomy import read_anatomy
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
 
 
@@ -34,14 +39,16 @@ def tiny_llama():
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("model_type", interface_families())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_default_is_every_expert_and_every_attention_projection(model_type):
     modules = adapted(MoeLoraConfig(), model_type)
-    experts = [m for m in modules.values() if isinstance(m, MoeLoraExperts)]
-    linears = [name for name, m in modules.items() if not isinstance(m, MoeLoraExperts)]
-    assert experts
-    assert linears
-    assert not any(part in name for name in linears for part in ("router", "shared", "lm_head", "indexer", "mlp."))
+    anatomy = read_anatomy(census.skeleton(model_type).named_modules())
+    wanted = [*anatomy.experts, *anatomy.expert_linears, *anatomy.attention]
+    wanted += [name.rpartition(".")[0] for name in anatomy.parameters["attention"]]
+    assert sorted(modules) == sorted(wanted)
+    assert all(isinstance(modules[name], MoeLoraExperts) for name in anatomy.experts)
+    rest = [name for name in modules if name not in anatomy.experts and name not in anatomy.expert_linears]
+    assert not any(re.search(r"router|shared|lm_head|indexer", name) for name in rest)
 
 
 def test_target_modules_choose_linears_and_experts_come_on_top():
@@ -224,8 +231,10 @@ def test_a_dense_model_trains_ordinary_lora_and_says_so():
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("model_type", other_families())
-def test_experts_that_cannot_be_read_are_an_error_with_a_way_out(model_type):
-    with pytest.raises(LayoutError, match=r"cannot be adapted yet. Use moe_target=\['attention'\]"):
-        adapted(MoeLoraConfig(), model_type)
-    assert adapted(MoeLoraConfig(moe_target=["attention"]), model_type)
+def test_experts_that_cannot_be_read_are_an_error_with_a_way_out():
+    model = build("qwen3_moe")
+    for layer in model.model.layers:
+        layer.mlp.experts = WithScale()
+    with pytest.raises(LayoutError, match=r"laid out in a way that is not known. Describe it in a plug-in"):
+        get_peft_model(model, MoeLoraConfig())
+    assert get_peft_model(model, MoeLoraConfig(moe_target=["attention"]))

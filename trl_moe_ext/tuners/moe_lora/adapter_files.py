@@ -36,6 +36,33 @@ def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name
     _refuse_unless_finite(adapter_name, found)
 
 
+def fill_in(model: nn.Module, tensors: dict[str, Tensor], missing: set[str], adapter_name: str) -> set[str]:
+    """Load from an adapter's file what transformers did not find in it, and return the names that were there.
+
+    transformers renames the keys of an adapter as it renames those of the family's own checkpoints, which in some
+    families changes names that were right; and it looks for weights that several modules share under one name only.
+
+    Args:
+        model: the model with the adapter's factors in place.
+        tensors: of the adapter, under the names of its file.
+        missing: names of parameters of `model`.
+        adapter_name: the adapter that is being loaded.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    found: set[str] = set()
+    for parameter, aliases in names.items():
+        if found.isdisjoint(aliases) and not set(aliases).isdisjoint(missing):
+            parts = (alias.rpartition(f".{adapter_name}") for alias in aliases)
+            keys = (f"base_model.model.{before}{after}" for before, _, after in parts)
+            tensor = next((tensors[key] for key in keys if key in tensors), None)
+            if tensor is not None and tensor.shape == parameter.shape:
+                parameter.data = tensor.to(parameter.device, parameter.dtype)
+                found.update(aliases)
+    return found
+
+
 def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) -> None:
     """The same after transformers has loaded an adapter itself, which reports missing tensors and goes on.
 

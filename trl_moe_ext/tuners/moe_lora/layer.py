@@ -13,9 +13,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
-from trl_moe_ext.experts.layout import ExpertsLayout, Projection, expert_weights, read_layout, weight_view
+from trl_moe_ext.experts.layout import ExpertsLayout, Projection, expert_weights, stack_of, weight_view
+from trl_moe_ext.experts.probe import check_reading
+from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.kernels.dropout import draw_seed
-from trl_moe_ext.kernels.experts_mlp import Updates
+from trl_moe_ext.kernels.experts_mlp import Updates, experts_mlp
 from trl_moe_ext.kernels.lora_linear import LowRank
 from trl_moe_ext.plugins import host
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
@@ -50,6 +52,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         layout = read_layout(base_layer)
         if layout is None:
             raise LayoutError(f"{type(base_layer).__name__} is not a module of routed experts that can be read")
+        check_reading(base_layer, layout)
         self.layout: ExpertsLayout = layout
         # The arguments after hidden_states: families call them differently, some by keyword.
         self._routing_names = tuple(inspect.signature(base_layer.forward).parameters)[1:3]
@@ -69,7 +72,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             return getattr(super().__getattr__("base_layer"), name)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return self.layout.up.in_features, self.layout.down.out_features
+        return self.layout.projections[0].in_features, self.layout.projections[-1].out_features
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
@@ -93,8 +96,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _is_adapted(self, projection: Projection, config: MoeLoraConfig) -> bool:
-        word = {self.layout.up.name: "gate_up", self.layout.down.name: "down"}[projection.name]
-        return config.expert_projections in ("both", word)
+        return config.expert_projections in ("both", projection.word)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Initialise each expert's factors as PEFT initialises those of a Linear of the same shape."""
@@ -111,7 +113,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
                 nn.init.zeros_(B)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        weight: Tensor = getattr(self.get_base_layer(), self.layout.down.name)
+        weight = self._frozen_stack()
         for factors in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
             if not any(p.device.type == "meta" for p in factors.parameters()):
                 factors.to(device or weight.device, dtype=weight.dtype)
@@ -122,27 +124,42 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         """As the wrapped module: ``(T, H)`` tokens, ``(T, K)`` chosen experts and ``(T, K)`` weights to ``(T, H)``."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ConfigError("one batch with several adapters (adapter_names) is not supported on routed experts")
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged or not adapters:
+        adapters = self._adapters_to_apply()
+        if not adapters and self.layout.sparse_block is None:
             out: Tensor = self.base_layer(hidden_states, *args, **kwargs)
             return out
-        top_k_index, top_k_weights = (*args, *(kwargs[name] for name in self._routing_names[len(args) :]))
         self._check_device(hidden_states)
-        out = self.kernels[adapters[0]](
-            hidden_states,
-            top_k_index,
-            top_k_weights,
+        return self._run(adapters, hidden_states, *args, *(kwargs[name] for name in self._routing_names[len(args) :]))
+
+    def _adapters_to_apply(self) -> list[str]:
+        """The active adapters whose updates are to be added to the output."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _run(self, adapters: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        kernel = self.kernels[adapters[0]] if adapters else experts_mlp
+        out = kernel(
+            # Some families keep batch and sequence apart here.
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            top_k_index.reshape(-1, top_k_index.shape[-1]),
+            top_k_weights.reshape(-1, top_k_weights.shape[-1]),
             expert_weights(self.get_base_layer(), self.layout),
-            self._updates(adapters, self.layout.up, hidden_states.device),
-            self._updates(adapters, self.layout.down, hidden_states.device),
+            **{
+                f"{projection.role}_updates": self._updates(adapters, projection, hidden_states.device)
+                for projection in self.layout.projections
+            },
         )
-        return out
+        return out.view(hidden_states.shape)
+
+    def _frozen_stack(self) -> Tensor:
+        return stack_of(self.get_base_layer(), self.layout.projections[-1])
 
     def _check_device(self, hidden_states: Tensor) -> None:
         # Hooks that bring offloaded weights in run when a module is called; the kernel takes the weights themselves.
-        weight: Tensor = getattr(self.get_base_layer(), self.layout.down.name)
+        weight = self._frozen_stack()
         if weight.device != hidden_states.device:
             raise LayoutError(
                 f"the experts are on {weight.device} and their tokens on {hidden_states.device}: offloaded experts "

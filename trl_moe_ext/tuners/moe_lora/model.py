@@ -8,15 +8,19 @@ from typing import Any
 
 from peft import PeftType
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
-from trl_moe_ext.experts.layout import read_layout
+from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state
+from trl_moe_ext.tuners.moe_lora.blocks import restore_blocks, use_sparse_block
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
+from trl_moe_ext.tuners.moe_lora.router import MoeLoraRouter
+from trl_moe_ext.tuners.moe_lora.rows import MoeLoraRows
 from trl_moe_ext.tuners.moe_lora.targets import resolve_targets
+from trl_moe_ext.tuners.moe_lora.tied import TiedLayers, unwrap_tied
 
 
 class MoeLoraModel(LoraModel):  # type: ignore[misc]
@@ -42,10 +46,18 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             )
         # On the config, but not one of its fields: it goes where the config goes, and is not saved.
         peft_config.resolved = targets
-        peft_config.target_modules = targets.linears
+        peft_config.target_modules = targets.words
         # What the user named stays in the saved config, expert stacks too; `_inject_parameters` leaves those out.
         peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *targets.parameters}) or None
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; modules with the same weights, as in a tied encoder and decoder, get one layer."""
+        self._tied = TiedLayers(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self._tied
 
     def _inject_parameters(
         self, peft_config: MoeLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -57,9 +69,11 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         return names + [name for name in peft_config.target_parameters if name not in bare.target_parameters]
 
     def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
-        if key in peft_config.resolved.experts or key in peft_config.resolved.routers:
+        if key in peft_config.resolved:
             return True
-        return super()._check_target_module_exists(peft_config, key)
+        # PEFT wants to know whether `exclude_modules` excluded anything.
+        found = super()._check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else False
 
     def _create_and_replace(
         self,
@@ -72,26 +86,40 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         *,
         parameter_name: str | None = None,
     ) -> None:
+        tied = self._tied.share(target) if parameter_name is None else None
+        if tied is not None:
+            setattr(parent, target_name, tied)
+            return
         config = copy.copy(lora_config)
         if parameter_name is not None:
             config.lora_dropout = 0.0  # PEFT merges a bare parameter before it is used: there is no input to drop
-        elif _is_experts(target):
+        elif current_key in lora_config.resolved.experts or current_key in lora_config.resolved.expert_linears:
             projections = lora_config.resolved.experts.get(current_key, ())
             config.expert_projections = min(projections) if len(projections) == 1 else config.expert_projections
             config.r = lora_config.expert_r or lora_config.r
             config.lora_alpha = (
                 lora_config.lora_alpha if lora_config.expert_alpha is None else lora_config.expert_alpha
             )
+        config.is_router = current_key in lora_config.resolved.anatomy.router
         super()._create_and_replace(
             config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
         )
+        adapted = getattr(parent, target_name)
+        if parameter_name is None:
+            self._tied.add(adapted)
+        if isinstance(adapted, MoeLoraExperts):
+            use_sparse_block(parent, adapted.layout)
 
     @staticmethod
     def _create_new_module(
         lora_config: MoeLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        if _is_experts(target) and kwargs.get("parameter_name") is None:
-            return MoeLoraExperts(target, adapter_name, lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"])
+        layout = read_layout(target)
+        if layout is not None and kwargs.get("parameter_name") is None:
+            layer = MoeLoraRows if layout.takes_rows else MoeLoraExperts
+            return layer(target, adapter_name, lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"])
+        if getattr(lora_config, "is_router", False) and type(target) is nn.Linear:
+            return MoeLoraRouter(target, adapter_name, config=lora_config, **kwargs)
         module: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         return module
 
@@ -113,6 +141,8 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
     ) -> nn.Module:
         self._check_experts(adapter_names, merge and safe_merge)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unwrap_tied(model)
+        restore_blocks(model)
         return model
 
     def _check_experts(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -135,8 +165,3 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_state(model, state, adapter_name)
         return state
-
-
-def _is_experts(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return read_layout(base) is not None

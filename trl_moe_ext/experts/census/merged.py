@@ -1,0 +1,52 @@
+"""The yardstick: a family's own code, with the merged weights in place of the frozen ones, by ordinary autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from trl_moe_ext.experts.layout import stack_of
+from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
+
+
+def merged_output(adapted: PeftModel, stock: nn.Module, output: Callable[[nn.Module], Tensor]) -> Tensor:
+    """The output of `stock` with ``W + s B A`` in place of every adapted W; its graph ends at the factors.
+
+    Args:
+        adapted: the model with the adapter ``default``.
+        stock: the same model without an adapter.
+        output: from a model to one tensor.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer) and layer.r:
+            # A bare parameter beside an adapted one is wrapped twice.
+            weights |= {f"{name}.{path}".replace("base_layer.", ""): w for path, w in _merged(layer).items()}
+    with torch.nn.utils.stateless._reparametrize_module(stock, weights, tie_weights=True):
+        return output(stock)
+
+
+def _merged(layer: BaseTunerLayer) -> dict[str, Tensor]:
+    base = layer.get_base_layer()
+    if isinstance(layer, MoeLoraExperts):
+        return dict(_merged_stacks(layer, base))
+    path = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return {path: getattr(base, path) + layer.get_delta_weight("default")}
+
+
+def _merged_stacks(layer: MoeLoraExperts, base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for projection in layer.layout.projections:
+        stack = stack_of(base, projection)
+        A = getattr(layer.lora_A["default"], projection.name, None)
+        if A is None:
+            continue
+        delta = layer.scaling["default"] * (getattr(layer.lora_B["default"], projection.name) @ A)
+        delta = (delta.mT if projection.is_transposed else delta).reshape(-1, *stack.shape[1:])
+        # Behind the experts there may be rows that none of them uses.
+        unused = delta.new_zeros(len(stack) - len(delta), *stack.shape[1:])
+        yield projection.parameter, stack + torch.cat([delta, unused])
