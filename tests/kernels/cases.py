@@ -38,11 +38,12 @@ class Case:
     up: tuple[LowRank, ...]
     down: tuple[LowRank, ...]
     grad: Tensor
+    gate: tuple[LowRank, ...] = ()
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         named = {"hidden_states": self.hidden_states, "top_k_weights": self.top_k_weights}
-        for projection, updates in (("up", self.up), ("down", self.down)):
+        for projection, updates in (("up", self.up), ("down", self.down), ("gate", self.gate)):
             for number, update in enumerate(updates):
                 named[f"{projection}[{number}].A"] = update.A
                 named[f"{projection}[{number}].B"] = update.B
@@ -65,6 +66,7 @@ class Case:
             self.weights,
             rebuilt("up", self.up),
             rebuilt("down", self.down),
+            **({"gate_updates": rebuilt("gate", self.gate)} if self.gate else {}),
         )
         gradients = torch.autograd.grad(out, list(leaves.values()), self.grad.to(out.dtype))
         return out, dict(zip(leaves, gradients, strict=True))
@@ -99,6 +101,9 @@ def make_case(
     adapters=1,
     dropout=0.0,
     sentinels=False,
+    gate_apart=False,
+    weights_on_input=False,
+    identity_experts=0,
     seed=0,
 ) -> Case:
     """E != r and no two sizes alike, so that a swapped axis cannot pass."""
@@ -110,7 +115,7 @@ def make_case(
     def randn(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype)
 
-    up_features = I if activation is relu_squared else 2 * I
+    up_features = I if activation is relu_squared or gate_apart else 2 * I
     up = randn(E, H, up_features, scale=H**-0.5) if transposed else randn(E, up_features, H, scale=H**-0.5).mT
     down = randn(E, I, H, scale=I**-0.5) if transposed else randn(E, H, I, scale=I**-0.5).mT
 
@@ -126,7 +131,7 @@ def make_case(
             for i in range(adapters)
         )
 
-    index = torch.rand(T, E + (2 if sentinels else 0), generator=g).topk(K, dim=-1).indices
+    index = torch.rand(T, E + (2 if sentinels else identity_experts), generator=g).topk(K, dim=-1).indices
     return Case(
         randn(T, H),
         index,
@@ -138,8 +143,12 @@ def make_case(
             randn(E, H) if bias else None,
             activation,
             post_norm,
+            randn(E, I, H, scale=H**-0.5).mT if gate_apart else None,
+            weights_on_input,
+            identity_experts,
         ),
         updates(H, up_features),
         updates(I, H),
         randn(T, H),
+        updates(H, I) if gate_apart else (),
     )

@@ -33,6 +33,10 @@ LAYOUTS = {
     "many-rows": {"T": 300, "E": 3},
     "sentinels": {"sentinels": True, "bias": True},
     "rank-1": {"r": 1},
+    "gate-apart": {"gate_apart": True},
+    "gate-apart-dropout": {"gate_apart": True, "dropout": 0.25},
+    "weights-on-input": {"weights_on_input": True, "transposed": True},
+    "identity-experts": {"identity_experts": 3, "K": 4},
 }
 
 

@@ -69,7 +69,7 @@ class _WithBody:
 def _passing_through(module: nn.Module) -> Iterator[None]:
     """`module` returns its input meanwhile."""
     before = vars(module).get("forward")
-    module.forward = _input  # type: ignore[method-assign]
+    module.forward = _input
     try:
         yield
     finally:

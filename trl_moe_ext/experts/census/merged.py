@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,12 @@ def merged_output(adapted: PeftModel, stock: nn.Module, output: Callable[[nn.Mod
         if isinstance(layer, BaseTunerLayer) and layer.r:
             # A bare parameter beside an adapted one is wrapped twice.
             weights |= {f"{name}.{path}".replace("base_layer.", ""): w for path, w in _merged(layer).items()}
-    with torch.nn.utils.stateless._reparametrize_module(stock, weights, tie_weights=True):
+    with (
+        torch.nn.utils.stateless._reparametrize_module(stock, weights, tie_weights=True),
+        warnings.catch_warnings(),
+    ):
+        # From families that cast their router in each forward: torch looks at the `.grad` of what is cast.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         return output(stock)
 
 
