@@ -42,6 +42,7 @@ class Anatomy:
         parameters: those four parts -> names (``module.parameter``) of matrices that are not the weight of an ordinary
             Linear: a router that multiplies by itself, a Linear with a forward of its own, shared experts in stacks.
         untrained: Linears that no gradient reaches: LoRA there would stay at zero.
+        stacks: the lists of layers that hold experts, such as ``model.layers``.
     """
 
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)
@@ -54,6 +55,16 @@ class Anatomy:
     router: list[str] = field(default_factory=list)
     parameters: dict[str, list[str]] = field(default_factory=lambda: {part: [] for part in PARTS})
     untrained: list[str] = field(default_factory=list)
+    stacks: set[str] = field(default_factory=set)
+
+    def in_language_model(self, name: str) -> bool:
+        """Whether a module is part of what holds the stacks of layers; in a dense model, of no other modality."""
+        roots = [stack.rpartition(".")[0] for stack in self.stacks]
+        return (
+            any(not root or name.startswith(root + ".") for root in roots)
+            if roots
+            else not OTHER_MODALITY.search(name)
+        )
 
     def add(self, part: str, name: str, module: nn.Module) -> None:
         """Add a Linear to its part, as a module if PEFT's LoRA can take its place, else as a parameter."""
@@ -75,7 +86,7 @@ def read_anatomy(named_modules: NamedModules) -> Anatomy:
     routers = _routers(modules, found)
     told = {name: part for part, names in found.parts.items() for name in names if part != "router"}
     containers = found.modules
-    stacks = {_stack(name) for name in (*found.stacks, *found.linears, *found.unread)}
+    anatomy.stacks = stacks = {_stack(name) for name in (*found.stacks, *found.linears, *found.unread)}
     for name, module in modules.items():
         around = {*ancestors(name)}
         if name in routers or not routers.isdisjoint(around):

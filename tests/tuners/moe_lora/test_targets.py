@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.experts.stacked import WithScale
@@ -161,6 +162,47 @@ def test_the_router_beside_a_regular_expression(model_type):
     """A router is a Linear in one family and a bare parameter in the other."""
     modules = adapted(MoeLoraConfig(moe_target=["router"], target_modules=r".*\.q_proj"), model_type)
     assert {"router" in n or "gate" in n for n in modules if not n.endswith("q_proj")} == {True}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "glm4_moe", "jetmoe"])
+def test_all_linear_is_every_linear_but_head_routers_and_experts(model_type):
+    model = build(model_type)
+    anatomy = read_anatomy(model.named_modules())
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    wanted = [name for name in linears if "router" not in name and "gate." not in name]
+    modules = adapted(MoeLoraConfig(target_modules="all-linear"), model_type)
+    assert sorted(modules) == sorted([*wanted, *anatomy.experts])
+
+
+def test_all_linear_leaves_the_tower_of_another_modality_alone():
+    modules = adapted(MoeLoraConfig(target_modules="all-linear"), "llama4")
+    assert modules
+    assert not [name for name in modules if "vision" in name or "projector" in name]
+
+
+def test_all_linear_among_other_words_is_an_error():
+    with pytest.raises(ConfigError, match="no module is called 'all-linear'"):
+        adapted(MoeLoraConfig(target_modules=["all-linear", "q_proj"]))
+
+
+def test_experts_that_are_linears_have_the_words_and_the_rank_of_experts():
+    modules = adapted(MoeLoraConfig(r=2, expert_r=5, expert_projections="down"), "switch_transformers")
+    experts = {name: m for name, m in modules.items() if ".experts." in name}
+    assert {name.rpartition(".")[2] for name in experts} == {"wo"}
+    assert {m.r["default"] for m in experts.values()} == {5}
+    assert {m.r["default"] for name, m in modules.items() if name not in experts} == {2}
+
+
+def test_excluding_experts_excludes_all_of_them():
+    for model_type in ("qwen3_moe", "jetmoe", "switch_transformers"):
+        modules = adapted(MoeLoraConfig(exclude_modules=["experts"]), model_type)
+        assert modules
+        assert not [name for name, m in modules.items() if isinstance(m, MoeLoraExperts) or ".experts." in name]
+
+
+def test_experts_of_another_modality_are_adapted_if_they_are_named():
+    config = MoeLoraConfig(moe_target=[], target_modules=["vision_moe.experts"])
+    assert {name.split(".", 3)[3] for name in adapted(config, "ernie4_5_vl_moe_text")} == {"vision_moe.experts"}
 
 
 SELECTIONS = {

@@ -139,7 +139,7 @@ def checkpointing(model_type: str) -> None:
 
 def bfloat16(model_type: str) -> None:
     """Every layer of experts in bfloat16 is as near to float64 as a handful of roundings allows, gradients too."""
-    model = _adapted(build(model_type), moe_target=["experts"]).to(torch.bfloat16)
+    model = _adapted(build(model_type, torch.bfloat16), moe_target=["experts"])
     for layer in model.modules():
         if isinstance(layer, MoeLoraExperts):
             found, expected = compare(layer)

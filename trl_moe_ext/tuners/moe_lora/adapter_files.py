@@ -36,6 +36,15 @@ def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name
     _refuse_unless_finite(adapter_name, found)
 
 
+def with_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with every name of the factors that several modules share: a file has one of them."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    shared = {aliases[0]: aliases for aliases in names.values() if len(aliases) > 1}
+    return state | {alias: state[name] for name, aliases in shared.items() if name in state for alias in aliases}
+
+
 def fill_in(model: nn.Module, tensors: dict[str, Tensor], missing: set[str], adapter_name: str) -> set[str]:
     """Load from an adapter's file what transformers did not find in it, and return the names that were there.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
 from trl_moe_ext.experts.reading import read_layout
-from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state
+from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state, with_aliases
 from trl_moe_ext.tuners.moe_lora.blocks import restore_blocks, use_sparse_block
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
@@ -39,7 +39,7 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
                 f"the adapter, made for {peft_config.base_model_name_or_path}, does not fit "
                 f"{type(self.model).__name__}: {error}. Load it on the model that it was made for"
             ) from error
-        if targets.is_dense and "experts" in peft_config.moe_target:
+        if targets.is_dense and "experts" in peft_config.moe_target and peft_config.saved_with is None:
             warnings.warn(
                 f"{type(self.model).__name__} has no routed experts: moe_lora trains ordinary LoRA on its Linears",
                 stacklevel=2,
@@ -164,4 +164,4 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_state(model, state, adapter_name)
-        return state
+        return with_aliases(model, state)

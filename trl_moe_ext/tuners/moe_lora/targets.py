@@ -152,14 +152,17 @@ def _is_around(name: str, containers: set[str]) -> bool:
 
 
 def _all_linears(anatomy: Anatomy, modules: dict[str, nn.Module], model: Any) -> list[str]:
-    """Every Linear that a gradient reaches, but for the output layer, the routers and single experts."""
+    """Every Linear of the language model that a gradient reaches, but for the output layer, routers and experts."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     left_out = {*anatomy.router, *anatomy.expert_linears, *anatomy.untrained}
     left_out |= {name.rpartition(".")[0] for names in anatomy.parameters.values() for name in names}
     return [
         name
         for name, module in modules.items()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name not in left_out
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and name not in left_out
+        and anatomy.in_language_model(name)
     ]
 
 
