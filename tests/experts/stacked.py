@@ -106,4 +106,28 @@ class WithScale(StackedExperts):
         self.scale = nn.Parameter(torch.randn(EXPERTS))
 
 
+class Clamped(StackedExperts):
+    """Differs from `StackedExperts` on large tokens only."""
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up_proj[expert]).clamp(-7, 7).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
+
+class WithDropout(StackedExperts):
+    """Looks like `StackedExperts` when it is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+
+class WithOption(StackedExperts):
+    """Can be called with more than routing."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(hidden_states, top_k_index, top_k_weights) * scale
+
+
+UNREADABLE = [WithScale, WithDropout, WithOption]
 READABLE = [StackedExperts, Transposed, Apart, ApartAndTransposed, Ungated, OwnGate, Biased]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from tests.families import build, experts_of
+from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import LayoutError
 from trl_moe_ext.experts.layout import expert_weights
 from trl_moe_ext.experts.reading import read_layout
@@ -58,11 +60,13 @@ def test_other_modules_are_not_experts():
     assert read_layout(build("qwen3_moe")) is None
 
 
-def test_quantised_experts_are_refused_by_name():
-    experts = experts_of(build("qwen3_moe"))
-    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
+def test_quantised_experts_are_refused_by_name_if_they_are_wanted():
+    model = build("qwen3_moe")
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj = nn.Parameter(layer.mlp.experts.down_proj.to(torch.int8), requires_grad=False)
     with pytest.raises(LayoutError, match=r"Qwen3MoeExperts.down_proj is stored as torch.int8: quantised"):
-        read_layout(experts)
+        get_peft_model(model, MoeLoraConfig())
+    assert get_peft_model(model, MoeLoraConfig(moe_target=["attention"]))
 
 
 def test_stacks_that_do_not_fit_together_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.experts.stacked import EXPERTS, HIDDEN, READABLE, StackedExperts, UpBeforeGate, WithScale
+from tests.experts.stacked import EXPERTS, HIDDEN, READABLE, UNREADABLE, Clamped, StackedExperts, UpBeforeGate
 from tests.tolerances import assert_output_close
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import LayoutError
@@ -47,9 +47,18 @@ def test_merging_puts_the_update_where_the_family_keeps_the_weight(experts):
     assert_output_close(layer.get_base_layer()(*routing()), expected, torch.float32)
 
 
-def test_experts_that_only_look_readable_are_refused():
-    with pytest.raises(LayoutError, match=r"UpBeforeGate .* looks like a module .* gives another result. Describe it"):
-        adapted(UpBeforeGate())
+@pytest.mark.parametrize("experts", [UpBeforeGate, Clamped], ids=lambda c: c.__name__)
+def test_experts_that_only_look_readable_are_refused(experts):
+    with pytest.raises(LayoutError, match=r"looks like a module .* gives another result. Describe"):
+        adapted(experts())
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_comparison_that_shows_nothing_is_a_refusal(value):
+    experts = UpBeforeGate()
+    nn.init.constant_(experts.down_proj, value)
+    with pytest.raises(LayoutError, match="gives another result"):
+        adapted(experts)
 
 
 def test_experts_that_cannot_be_called_as_their_signature_says_are_refused(monkeypatch):
@@ -60,14 +69,38 @@ def test_experts_that_cannot_be_called_as_their_signature_says_are_refused(monke
 
 def test_the_comparison_leaves_the_module_as_it_was():
     module = StackedExperts().train()
+    module.act_fn.eval()
+    module.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
     adapted(module)
-    assert module.training
+    assert (module.training, module.act_fn.training) == (True, False)
 
 
-def test_experts_with_more_than_stacks_are_not_read_but_seen():
-    block = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": WithScale()})])})
+@pytest.mark.parametrize("experts", UNREADABLE, ids=lambda c: c.__name__)
+def test_experts_with_more_than_stacks_are_not_read_but_seen(experts):
+    block = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": experts()})])})
     assert read_layout(block["layers"][0]["experts"]) is None
     assert read_anatomy(block.named_modules()).unread_experts == ["layers.0.experts"]
+
+
+def test_a_router_is_no_module_of_experts():
+    class ExpertsRouter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    block = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"router": ExpertsRouter()})])})
+    assert read_anatomy(block.named_modules()).unread_experts == []
+
+
+def test_an_adapted_module_refuses_what_it_does_not_know():
+    with pytest.raises(LayoutError, match=r"called with \['scale'\] besides hidden_states, top_k_index"):
+        adapted(StackedExperts())(*routing(), scale=3.0)
+
+
+def test_an_adapted_module_takes_keywords():
+    hidden, index, weights = routing()
+    layer = adapted(StackedExperts())
+    assert torch.equal(layer(hidden_states=hidden, top_k_index=index, top_k_weights=weights), layer(*routing()))
 
 
 def test_a_module_that_is_not_called_with_routing_is_not_read():

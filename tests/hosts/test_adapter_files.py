@@ -103,7 +103,7 @@ def test_an_adapter_of_another_model_names_keys_and_shapes(adapter, model):
     shapes = r"of another shape: .*gate_up_proj \(8, 3, 64\) instead of \(8, 5, 64\)"
     with pytest.raises(AdapterFileError, match=shapes):
         model.load_adapter(adapter, "other")
-    with pytest.raises(AdapterFileError, match=r"does not fit DeepseekV3ForCausalLM: .*no module is called"):
+    with pytest.raises(AdapterFileError, match=r"does not fit DeepseekV3ForCausalLM: .*no module to adapt is called"):
         PeftModel.from_pretrained(build("deepseek_v3"), adapter)
 
 

@@ -29,6 +29,8 @@ _SHARED_NAME = re.compile(r"shared")
 _MLP_NAME = re.compile(
     r"(^|_)(mlp|ffn|feed_forward|fc1|fc2|gate_proj|up_proj|down_proj|dense_h_to_4h|dense_4h_to_h)($|_)"
 )
+# Encoder and decoder are two branches of one language model.
+_BRANCH = re.compile(r"(^|\.)(encoder|decoder)$")
 _DOWN_NAME = re.compile(r"(^|_)(down|w2|wo|fc2|out|output|c_proj)(_|$)")
 
 
@@ -58,13 +60,15 @@ class Anatomy:
     stacks: set[str] = field(default_factory=set)
 
     def in_language_model(self, name: str) -> bool:
-        """Whether a module is part of what holds the stacks of layers; in a dense model, of no other modality."""
-        roots = [stack.rpartition(".")[0] for stack in self.stacks]
-        return (
-            any(not root or name.startswith(root + ".") for root in roots)
-            if roots
-            else not OTHER_MODALITY.search(name)
-        )
+        """Whether a module is part of what holds the stacks of layers, and not of another modality.
+
+        The tower of another modality is no part of what a user of a language model means by attention, and a data set
+        of texts would leave it untrained.
+        """
+        if OTHER_MODALITY.search(name) and not all(OTHER_MODALITY.search(stack) for stack in self.stacks or [""]):
+            return False
+        roots = {_BRANCH.sub("", stack.rpartition(".")[0]) for stack in self.stacks}
+        return not roots or any(not root or name.startswith(root + ".") for root in roots)
 
     def add(self, part: str, name: str, module: nn.Module) -> None:
         """Add a Linear to its part, as a module if PEFT's LoRA can take its place, else as a parameter."""
@@ -86,15 +90,15 @@ def read_anatomy(named_modules: NamedModules) -> Anatomy:
     routers = _routers(modules, found)
     told = {name: part for part, names in found.parts.items() for name in names if part != "router"}
     containers = found.modules
-    anatomy.stacks = stacks = {_stack(name) for name in (*found.stacks, *found.linears, *found.unread)}
+    anatomy.stacks = {_stack(name) for name in (*found.stacks, *found.linears, *found.unread)}
     for name, module in modules.items():
         around = {*ancestors(name)}
         if name in routers or not routers.isdisjoint(around):
             _add_router(anatomy, name, module)
-        elif _SHARED_NAME.search(name.rpartition(".")[2]) and _in_language_model(name, stacks):
+        elif _SHARED_NAME.search(name.rpartition(".")[2]) and anatomy.in_language_model(name):
             own = module.named_parameters(recurse=False)
             anatomy.parameters["shared_experts"] += [f"{name}.{stack}" for stack, p in own if p.ndim == 3]
-        elif isinstance(module, nn.Linear) and name not in found.linears and _in_language_model(name, stacks):
+        elif isinstance(module, nn.Linear) and name not in found.linears and anatomy.in_language_model(name):
             is_of_experts = not containers.isdisjoint(around) and name not in told
             part = told.get(name) or (None if is_of_experts else _part_of_linear(name, modules))
             if part is not None:
@@ -110,15 +114,6 @@ def is_down_projection(name: str) -> bool:
 def _is_ordinary(module: nn.Module) -> bool:
     """Whether a Linear is called as one. Those that a model defines itself may return anything."""
     return type(module).forward is nn.Linear.forward or "modeling_" not in type(module).__module__
-
-
-def _in_language_model(name: str, stacks: set[str]) -> bool:
-    """Whether `name` stands in one of the stacks of layers with experts; in a dense model, not in another modality.
-
-    The tower of another modality is no part of what a user of a language model means by attention, and a data set of
-    texts would leave it untrained.
-    """
-    return _stack(name) in stacks if stacks else not OTHER_MODALITY.search(name)
 
 
 def _stack(name: str) -> str:

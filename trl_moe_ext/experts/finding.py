@@ -12,7 +12,7 @@ from trl_moe_ext.experts.layout import ExpertsLayout
 from trl_moe_ext.experts.reading import read_block_parts, read_layout
 
 OTHER_MODALITY = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video)")
-_SHARED_NAME = re.compile(r"shared", re.IGNORECASE)
+_OTHER_NAME = re.compile(r"shared|router|gate$", re.IGNORECASE)
 _EXPERTS_NAME = re.compile(r"experts?($|_)|Experts?(?![a-z])")
 
 
@@ -68,30 +68,32 @@ def ancestors(name: str) -> Iterator[str]:
 def _find_single_experts(found: FoundExperts, modules: Mapping[str, nn.Module]) -> None:
     known = found.modules
     around = {ancestor for name in known for ancestor in ancestors(name)}
+    contents: dict[str, dict[str, nn.Module]] = {}
     for name, module in modules.items():
-        if name in known or name in around or not known.isdisjoint(ancestors(name)):
-            continue
-        if _is_called_experts(name, module):
-            known.add(name)
-            linears = _linears_of_experts(module)
-            found.linears |= {f"{name}.{linear}": name for linear in linears}
-            if not linears:
-                found.unread.append(name)
+        container = next((ancestor for ancestor in ancestors(name) if ancestor in contents), None)
+        if container is not None:
+            contents[container][name] = module
+        elif (
+            name not in known
+            and name not in around
+            and known.isdisjoint(ancestors(name))
+            and _is_called_experts(name, module)
+        ):
+            contents[name] = {}
+    for container, inside in contents.items():
+        linears = [name for name, module in inside.items() if isinstance(module, nn.Linear)]
+        rest = [modules[container], *(module for module in inside.values() if not isinstance(module, nn.Linear))]
+        has_more = any(p.ndim >= 2 for module in rest for p in module.parameters(recurse=False))
+        if linears and not has_more and isinstance(modules[container], (nn.ModuleList, nn.ModuleDict)):
+            found.linears |= dict.fromkeys(linears, container)
+        else:
+            found.unread.append(container)
 
 
 def _is_called_experts(name: str, module: nn.Module) -> bool:
     names = (name.rpartition(".")[2], type(module).__name__)
-    is_called_experts = any(_EXPERTS_NAME.search(n) and not _SHARED_NAME.search(n) for n in names)
+    is_called_experts = any(_EXPERTS_NAME.search(n) and not _OTHER_NAME.search(n) for n in names)
     return is_called_experts and any(p.ndim >= 2 for p in module.parameters()) and not isinstance(module, nn.Linear)
-
-
-def _linears_of_experts(module: nn.Module) -> list[str]:
-    """The Linears in a list or dict of experts that have no other matrices; empty if it is none."""
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return []
-    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    held = {id(p) for linear in linears.values() for p in linear.parameters()}
-    return list(linears) if all(id(p) in held for p in module.parameters() if p.ndim >= 2) else []
 
 
 def _set_other_modalities_apart(found: FoundExperts) -> None:

@@ -23,7 +23,7 @@ _INDEX = re.compile(r"ind(ex|ices)|idx|selected|chosen")
 def infer_layout(module: nn.Module) -> ExpertsLayout | None:
     """The layout that the three-dimensional parameters of a module suggest, or None if they suggest none.
 
-    A module with anything besides the stacks and their biases is left alone: what it does with the rest is unknown.
+    A module with anything besides stacks, biases and an activation is left alone: what the rest does is unknown.
     """
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     names = next((n for n in (_GATE_UP, *_APART, _UNGATED) if own.keys() == set(n)), None)
@@ -32,6 +32,8 @@ def infer_layout(module: nn.Module) -> ExpertsLayout | None:
     biases = {name: f"{name}_bias" for name in names if isinstance(getattr(module, f"{name}_bias", None), Tensor)}
     if {name for name, _ in module.named_parameters()} != {*names, *biases.values()}:
         return None
+    if any(name not in _ACTIVATIONS for name, _ in module.named_children()):
+        return None  # such as a dropout
     is_transposed = _is_transposed(module, names, own)
     activation = _activation(module, has_gate=names != _UNGATED)
     if is_transposed is None or activation is None or (biases and names in _APART):
@@ -48,10 +50,9 @@ def infer_layout(module: nn.Module) -> ExpertsLayout | None:
 
 
 def _is_called_with_routing(module: nn.Module) -> bool:
-    """Whether the forward takes tokens, chosen experts and routing weights, and needs nothing else."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(needed) == 3 and _INDEX.search(needed[1]) is not None
+    """Whether the forward takes tokens, chosen experts and routing weights, and nothing else."""
+    names = list(inspect.signature(module.forward).parameters)
+    return len(names) == 3 and _INDEX.search(names[1]) is not None
 
 
 def _is_transposed(module: nn.Module, names: tuple[str, ...], stacks: dict[str, nn.Parameter]) -> bool | None:

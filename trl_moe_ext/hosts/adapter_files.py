@@ -110,7 +110,9 @@ def _complete_adapters(load: Any) -> Any:
     def load_adapter(
         self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if peft_model_id and _is_ours(Path(peft_model_id)):
+        given = kwargs.get("peft_config")
+        given_type = given.get("peft_type") if isinstance(given, dict) else getattr(given, "peft_type", None)
+        if given_type in OUR_TYPES or (peft_model_id and _is_ours(Path(peft_model_id))):
             kwargs["weight_mapping"] = _no_renaming()
         with _named(Path(peft_model_id or "", _WEIGHTS)):
             info = load(self, peft_model_id, adapter_name, *args, **kwargs)

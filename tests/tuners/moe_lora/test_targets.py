@@ -113,6 +113,46 @@ def test_target_parameters_of_experts_take_the_grouped_path():
     assert all(isinstance(m, MoeLoraExperts) for m in modules.values())
 
 
+def test_target_parameters_name_one_of_three_projections():
+    modules = adapted(MoeLoraConfig(moe_target=[], target_parameters=["mlp.w1"]), "dbrx")
+    assert {tuple(dict(m.lora_A["default"].named_parameters())) for m in modules.values()} == {("w1",)}
+
+
+def test_excluding_a_projection_of_stacks():
+    for word in ("down_proj", "experts.down_proj", r".*down_proj"):
+        exclude = word if "*" in word else [word]
+        modules = adapted(MoeLoraConfig(moe_target=["experts"], exclude_modules=exclude))
+        assert {n for m in modules.values() for n, _ in m.lora_A["default"].named_parameters()} == {"gate_up_proj"}
+
+
+def test_words_name_single_projections_too():
+    modules = adapted(MoeLoraConfig(moe_target=["attention"], target_modules=["kv_proj", "input_linear"]), "jetmoe")
+    assert last_words(modules) == {"kv_proj", "input_linear"}
+
+
+def test_a_linear_with_a_forward_of_its_own_is_adapted_by_its_weight():
+    for model_type, word in (("llama4_text", "router"), ("deepseek_v4", "o_a_proj")):
+        modules = adapted(MoeLoraConfig(moe_target=[], target_modules=[word]), model_type)
+        assert {type(m).__name__ for m in modules.values()} == {"ParamWrapper"}
+
+
+def test_what_no_gradient_reaches_is_not_adapted_by_its_name_either():
+    modules = adapted(MoeLoraConfig(moe_target=[], target_modules=["gate_proj"]), "deepseek_v4")
+    assert not [name for name in modules if "indexer" in name]
+
+
+def test_a_dense_encoder_beside_a_sparse_decoder_is_part_of_the_model():
+    model = get_peft_model(
+        build("switch_transformers", encoder_sparse_step=0), MoeLoraConfig(moe_target=["attention"])
+    )
+    assert {n.split(".")[2] for n, m in model.named_modules() if isinstance(m, LoraLayer)} == {"encoder", "decoder"}
+
+
+def test_options_of_experts_on_a_dense_model_are_an_error():
+    with pytest.raises(ConfigError, match="expert_r=2 has no effect: the model has no routed experts"):
+        get_peft_model(tiny_llama(), MoeLoraConfig(expert_r=2))
+
+
 def test_target_parameters_name_one_projection_of_one_layer():
     config = MoeLoraConfig(moe_target=[], target_parameters=["layers.1.mlp.experts.down_proj"])
     [(name, layer)] = adapted(config).items()
@@ -181,7 +221,7 @@ def test_all_linear_leaves_the_tower_of_another_modality_alone():
 
 
 def test_all_linear_among_other_words_is_an_error():
-    with pytest.raises(ConfigError, match="no module is called 'all-linear'"):
+    with pytest.raises(ConfigError, match="no module to adapt is called 'all-linear'"):
         adapted(MoeLoraConfig(target_modules=["all-linear", "q_proj"]))
 
 
@@ -233,10 +273,14 @@ def test_a_loaded_adapter_adapts_what_the_saved_one_did(selection, model_type, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["q_porj"]}, "no module is called 'q_porj'; did you mean q_proj"),
+        ({"target_modules": ["q_porj"]}, "no module to adapt is called 'q_porj'; did you mean q_proj"),
         ({"target_parameters": ["experts.gate_up_porj"]}, "did you mean gate_up_proj"),
         ({"moe_target": ["shared_experts"]}, "nothing to adapt"),
         ({"layers_to_transform": [7]}, "nothing to adapt"),
+        ({"target_modules": ["q_proj", "mlp"]}, "no module to adapt is called 'mlp'"),
+        ({"target_modules": "q_proj"}, r"is a regular expression, and no Linear's .* give a list: \['q_proj'\]"),
+        ({"target_modules": r".*typo"}, "is a regular expression"),
+        ({"target_parameters": ["experts.down_proj"], "expert_projections": "gate_up"}, "Leave one of them out"),
     ],
 )
 def test_a_word_that_means_nothing_is_an_error(options, message):
@@ -249,14 +293,15 @@ def test_pefts_guard_of_mamba_layers_holds():
         adapted(MoeLoraConfig(target_modules=["out_proj"]), "nemotron_h")
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_moe", "switch_transformers", "vitpose_backbone", "doge"])
 def test_a_second_adapter_finds_the_same_parts_as_the_first(model_type):
     """It sees the model as if no adapter were attached."""
     config = MoeLoraConfig(moe_target=["experts", "attention", "router"])
     model = get_peft_model(build(model_type), config)
     model.add_adapter("second", MoeLoraConfig(moe_target=["experts", "attention", "router"]))
     names = {
-        a: {n.replace(f".{a}.", ".") for n, _ in model.named_parameters() if f".{a}." in n} for a in model.peft_config
+        a: {f"{n}.".replace(f".{a}.", ".") for n, _ in model.named_parameters() if f".{a}." in f"{n}."}
+        for a in model.peft_config
     }
     assert names["default"] == names["second"]
 

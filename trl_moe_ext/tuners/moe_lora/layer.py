@@ -13,7 +13,14 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
-from trl_moe_ext.experts.layout import ExpertsLayout, Projection, expert_weights, stack_of, weight_view
+from trl_moe_ext.experts.layout import (
+    ExpertsLayout,
+    Projection,
+    check_dtypes,
+    expert_weights,
+    stack_of,
+    weight_view,
+)
 from trl_moe_ext.experts.probe import check_reading
 from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.kernels.dropout import draw_seed
@@ -52,10 +59,11 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         layout = read_layout(base_layer)
         if layout is None:
             raise LayoutError(f"{type(base_layer).__name__} is not a module of routed experts that can be read")
+        check_dtypes(base_layer, layout)
         check_reading(base_layer, layout)
         self.layout: ExpertsLayout = layout
-        # The arguments after hidden_states: families call them differently, some by keyword.
-        self._routing_names = tuple(inspect.signature(base_layer.forward).parameters)[1:3]
+        # Families call the three arguments differently, and some pass them by keyword.
+        self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)[:3]
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.kernels: dict[str, Callable[..., Tensor]] = {}
         self._active_adapter = adapter_name
@@ -96,7 +104,8 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _is_adapted(self, projection: Projection, config: MoeLoraConfig) -> bool:
-        return config.expert_projections in ("both", projection.word)
+        names = getattr(config, "projection_names", None)  # what the targets chose for this module
+        return config.expert_projections in ("both", projection.word) if names is None else projection.name in names
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Initialise each expert's factors as PEFT initialises those of a Linear of the same shape."""
@@ -120,16 +129,23 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the wrapped module: ``(T, H)`` tokens, ``(T, K)`` chosen experts and ``(T, K)`` weights to ``(T, H)``."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ConfigError("one batch with several adapters (adapter_names) is not supported on routed experts")
         adapters = self._adapters_to_apply()
         if not adapters and self.layout.sparse_block is None:
-            out: Tensor = self.base_layer(hidden_states, *args, **kwargs)
+            out: Tensor = self.base_layer(*args, **kwargs)
             return out
-        self._check_device(hidden_states)
-        return self._run(adapters, hidden_states, *args, *(kwargs[name] for name in self._routing_names[len(args) :]))
+        arguments = [*args, *(kwargs.pop(name) for name in self._argument_names[len(args) :] if name in kwargs)]
+        if kwargs or len(arguments) > 3:
+            raise LayoutError(
+                f"{type(self.get_base_layer()).__name__} was called with {sorted(kwargs) or len(arguments)} besides "
+                f"{', '.join(self._argument_names)}: what that changes is not known. Describe the family in a plug-in "
+                "(hook register_experts_families, see docs/families.md)"
+            )
+        self._check_device(arguments[0])
+        return self._run(adapters, *arguments)
 
     def _adapters_to_apply(self) -> list[str]:
         """The active adapters whose updates are to be added to the output."""

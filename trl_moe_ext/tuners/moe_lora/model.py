@@ -72,6 +72,8 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         if key in peft_config.resolved:
             return True
         # PEFT wants to know whether `exclude_modules` excluded anything.
+        if key in peft_config.resolved.excluded:
+            return _ExcludedModule()
         found = super()._check_target_module_exists(peft_config, key)
         return found if isinstance(found, _ExcludedModule) else False
 
@@ -89,17 +91,17 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         tied = self._tied.share(target) if parameter_name is None else None
         if tied is not None:
             setattr(parent, target_name, tied)
-            return
+            if adapter_name in getattr(tied, "r", ()):
+                return
+            target = tied
         config = copy.copy(lora_config)
         if parameter_name is not None:
             config.lora_dropout = 0.0  # PEFT merges a bare parameter before it is used: there is no input to drop
         elif current_key in lora_config.resolved.experts or current_key in lora_config.resolved.expert_linears:
-            projections = lora_config.resolved.experts.get(current_key, ())
-            config.expert_projections = min(projections) if len(projections) == 1 else config.expert_projections
+            config.projection_names = lora_config.resolved.experts.get(current_key)
             config.r = lora_config.expert_r or lora_config.r
-            config.lora_alpha = (
-                lora_config.lora_alpha if lora_config.expert_alpha is None else lora_config.expert_alpha
-            )
+            if lora_config.expert_alpha is not None:
+                config.lora_alpha = lora_config.expert_alpha
         config.is_router = current_key in lora_config.resolved.anatomy.router
         super()._create_and_replace(
             config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name

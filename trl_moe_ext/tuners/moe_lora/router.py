@@ -16,6 +16,8 @@ class MoeLoraRouter(Linear):  # type: ignore[misc]
     @property
     def weight(self) -> Tensor:
         """``(E, H)`` with the updates of the active adapters, through which gradients flow; without dropout."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         weight: Tensor = self.get_base_layer().weight
         if self.disable_adapters or self.merged:
             return weight

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -34,12 +37,35 @@ class TiedLayers:
             self._layers[_weights(layer.get_base_layer())] = layer
 
 
+class TiedNames:
+    """The names of modules that share their weights: an update of one is an update of the others.
+
+    Args:
+        modules: name -> module of the model as if no adapter were attached.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._weights = {name: _weights(module) for name, module in modules.items() if _holds_weights(module)}
+        self._names: defaultdict[Weights, set[str]] = defaultdict(set)
+        for name, weights in self._weights.items():
+            self._names[weights].add(name)
+
+    def of(self, names: Iterable[str]) -> set[str]:
+        """`names` and all that share weights with one of them."""
+        weights = {self._weights[name] for name in names if name in self._weights}
+        return {*names, *(other for each in weights for other in self._names[each])}
+
+
 def unwrap_tied(model: nn.Module) -> None:
     """Put every tied module back where PEFT, which visits a layer once, left the layer in its other places."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
                 setattr(parent, name, child.tied_base_layers.pop(0))
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _weights(module: nn.Module) -> Weights:

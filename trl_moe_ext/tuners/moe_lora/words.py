@@ -30,17 +30,40 @@ def wants_experts(config: MoeLoraConfig) -> bool:
     return "experts" in config.moe_target or any(word.rpartition(".")[2] in EXPERT_WORDS for word in listed(config))
 
 
-def check(config: MoeLoraConfig, modules: dict[str, nn.Module], anatomy: Anatomy) -> None:
-    """Every word of `target_modules` must name something: a misspelt one would leave a part silently untrained."""
+def check(config: MoeLoraConfig, candidates: Collection[str], anatomy: Anatomy) -> None:
+    """Every word of `target_modules` must name something: a misspelt one would leave a part silently untrained.
+
+    Args:
+        candidates: names of the modules that can be adapted.
+    """
     if isinstance(config.target_modules, str):
-        return  # a regular expression: PEFT checks that it matches
+        if not any(re.fullmatch(config.target_modules, name) for name in candidates):
+            raise ConfigError(
+                f"target_modules={config.target_modules!r} is a regular expression, and no Linear's full name matches "
+                f"it. To name modules by the end of their names give a list: [{config.target_modules!r}]"
+            )
+        return
+    experts = (*anatomy.experts, *anatomy.other_experts, *anatomy.expert_linears.values())
     for word in config.target_modules:
-        if any(n == word or n.endswith(f".{word}") for n in modules):
+        path, _, last = word.rpartition(".")
+        if last in EXPERT_WORDS and any(f".{name}".endswith(f".{path}" if path else "") for name in experts):
             continue
-        if (anatomy.experts or anatomy.expert_linears) and word.rpartition(".")[2] in EXPERT_WORDS:
-            continue
-        linears = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
-        raise ConfigError(f"target_modules: no module is called {word!r}; {near_matches(word, linears)}")
+        if not any(f".{name}".endswith(f".{word}") for name in (*candidates, *experts)):
+            known = {name.rpartition(".")[2] for name in candidates}
+            raise ConfigError(f"target_modules: no module to adapt is called {word!r}; {near_matches(word, known)}")
+
+
+def check_effect(config: MoeLoraConfig, is_dense: bool) -> None:
+    """Refuse options of experts on a model without any."""
+    given = {
+        "expert_r": config.expert_r is not None,
+        "expert_alpha": config.expert_alpha is not None,
+        "expert_projections": config.expert_projections != "both",
+    }
+    for option in (name for name, is_given in given.items() if is_given and is_dense):
+        raise ConfigError(
+            f"{option}={getattr(config, option)!r} has no effect: the model has no routed experts. Leave it out"
+        )
 
 
 def check_modules_to_save(config: MoeLoraConfig, anatomy: Anatomy) -> None:
