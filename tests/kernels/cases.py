@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
+from trl_moe_ext.kernels.gates import Gate
 from trl_moe_ext.kernels.lora_linear import LowRank
 
 
@@ -112,6 +113,12 @@ def make_case(
         # Rounding carries values across the bound, where the gradient jumps: the bound is tested in wider dtypes.
         activation = partial(interleaved, limit=100.0)
 
+    closed_form = {
+        swiglu: Gate("silu_glu"),
+        relu_squared: Gate("relu_squared"),
+        interleaved: Gate("clamped", 1.7, 4.0),
+    }.get(activation, Gate("clamped", 1.7, 100.0))
+
     def randn(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype)
 
@@ -146,6 +153,7 @@ def make_case(
             randn(E, I, H, scale=H**-0.5).mT if gate_apart else None,
             weights_on_input,
             identity_experts,
+            closed_form,
         ),
         updates(H, up_features),
         updates(I, H),

@@ -12,6 +12,7 @@ from tests.kernels.cases import interleaved, make_case, relu_squared
 from tests.tolerances import assert_gradient_close, assert_output_close, relative_error
 from trl_moe_ext.kernels import grouped, lora_linear
 from trl_moe_ext.kernels.experts_mlp import experts_mlp
+from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 
 LAYOUTS = {
@@ -40,11 +41,12 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("kernel", [experts_mlp, fused_experts_mlp], ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_equals_the_float64_reference(layout, dtype):
+def test_equals_the_float64_reference(layout, dtype, kernel):
     case = make_case(dtype=dtype, **layout)
-    out, gradients = case.run(experts_mlp)
+    out, gradients = case.run(kernel)
     expected, expected_gradients = case.double().run(experts_mlp_reference)
     assert out.dtype == dtype
     assert_output_close(out, expected, dtype)

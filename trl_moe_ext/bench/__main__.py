@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_moe_ext.bench.measure import Measured, Plan, measure_in_process
+from trl_moe_ext.bench.peers import PEERS
 from trl_moe_ext.bench.shapes import SHAPES
 
 _DEFAULT_PEERS = ["frozen", "moe_lora", "peft_grouped_mm"]
@@ -18,7 +19,7 @@ def main() -> None:
     """Measure every peer in turn, in interleaved rounds, and print times, memory and ratios to moe_lora."""
     parser = argparse.ArgumentParser(prog="python -m trl_moe_ext.bench", description=__doc__)
     parser.add_argument(
-        "--peers", nargs="+", default=_DEFAULT_PEERS, help="frozen, moe_lora, peft_grouped_mm, peft_eager"
+        "--peers", nargs="+", default=_DEFAULT_PEERS, choices=list(PEERS), metavar="PEER", help=", ".join(PEERS)
     )
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=512)

@@ -21,6 +21,11 @@ def _moe_lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, MoeLoraConfig(r=rank, target_modules=_ATTENTION))  # type: ignore[no-any-return]
 
 
+def _moe_lora_fused(model: nn.Module, rank: int) -> nn.Module:
+    config = MoeLoraConfig(r=rank, target_modules=_ATTENTION, kernel="fused")
+    return get_peft_model(model, config)  # type: ignore[no-any-return]
+
+
 def _target_parameters(model: nn.Module, rank: int) -> nn.Module:
     config = LoraConfig(r=rank, target_modules=_ATTENTION, target_parameters=_STACKS)
     return get_peft_model(model, config)  # type: ignore[no-any-return]
@@ -31,6 +36,7 @@ def _target_parameters(model: nn.Module, rank: int) -> nn.Module:
 PEERS: dict[str, tuple[str, Callable[[nn.Module, int], nn.Module]]] = {
     "frozen": ("grouped_mm", _frozen),
     "moe_lora": ("grouped_mm", _moe_lora),
+    "moe_lora_fused": ("grouped_mm", _moe_lora_fused),
     "peft_grouped_mm": ("grouped_mm", _target_parameters),
     "peft_eager": ("eager", _target_parameters),
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trl_moe_ext.kernels.dispatch import Dispatch, combine, sort_by_expert
+from trl_moe_ext.kernels.gates import Gate
 from trl_moe_ext.kernels.lora_linear import LowRank, lora_linear
 
 
@@ -25,6 +26,7 @@ class ExpertsWeights(NamedTuple):
             the gate's output in front of the up projection's. Such experts have no biases.
         weights_on_input: the routing weights multiply an expert's input instead of its output.
         identity_experts: indices ``E .. E + identity_experts - 1`` stand for experts that return their token.
+        closed_form: what `activation` computes, if it is one of `GATES`.
     """
 
     up: Tensor
@@ -36,6 +38,7 @@ class ExpertsWeights(NamedTuple):
     gate: Tensor | None = None
     weights_on_input: bool = False
     identity_experts: int = 0
+    closed_form: Gate | None = None
 
 
 Updates = tuple[LowRank, ...]

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
+from trl_moe_ext.experts.gates import recognise_gate
 from trl_moe_ext.experts.layout import (
     ExpertsLayout,
     Projection,
@@ -62,6 +63,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         check_dtypes(base_layer, layout)
         check_reading(base_layer, layout)
         self.layout: ExpertsLayout = layout
+        self._closed_form = recognise_gate(base_layer, layout)
         # Families call the three arguments differently, and some pass them by keyword.
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)[:3]
         LoraLayer.__init__(self, base_layer, **kwargs)
@@ -162,7 +164,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             top_k_index.reshape(-1, top_k_index.shape[-1]),
             top_k_weights.reshape(-1, top_k_weights.shape[-1]),
-            expert_weights(self.get_base_layer(), self.layout),
+            expert_weights(self.get_base_layer(), self.layout)._replace(closed_form=self._closed_form),
             **{
                 f"{projection.role}_updates": self._updates(adapters, projection, hidden_states.device)
                 for projection in self.layout.projections

@@ -1,0 +1,65 @@
+"""What the fused function takes, what it leaves to the two functions, and its gates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels.cases import make_case
+from tests.tolerances import assert_gradient_close
+from trl_moe_ext.kernels import fused
+from trl_moe_ext.kernels.fused import fused_experts_mlp
+from trl_moe_ext.kernels.gates import GATES, Gate
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_derivative_of_a_gate_is_that_of_autograd(name):
+    gate = Gate(name, 1.7, 1.0)
+    h = (torch.randn(40, 12, dtype=torch.float64) * 2).requires_grad_()
+    out = gate.forward(h)
+    grad = torch.randn_like(out)
+    [expected] = torch.autograd.grad(out, h, grad)
+    assert_gradient_close(gate.backward(h.detach(), grad), expected, torch.float64, name)
+
+
+TAKEN = {"gated": {}, "biased": {"bias": True}, "dropout": {"dropout": 0.25}, "no adapter": {"adapters": 0}}
+LEFT = {
+    "two adapters": {"adapters": 2},
+    "norm": {"post_norm": lambda y: F.rms_norm(y, y.shape[-1:])},
+    "gate apart": {"gate_apart": True},
+    "weights on the input": {"weights_on_input": True},
+}
+
+
+@pytest.mark.parametrize(("layout", "is_taken"), [*((k, True) for k in TAKEN), *((k, False) for k in LEFT)])
+def test_what_is_taken(layout, is_taken, monkeypatch):
+    calls = []
+    monkeypatch.setattr(fused, "experts_mlp", lambda *args, **kwargs: calls.append("two functions"))
+    case = make_case(**(TAKEN | LEFT)[layout])
+    fused_experts_mlp(case.hidden_states, case.top_k_index, case.top_k_weights, case.weights, case.up, case.down)
+    assert calls == ([] if is_taken else ["two functions"])
+
+
+def test_weights_that_are_trained_are_left_to_the_two_functions():
+    """A weight's gradient must never be silently zero."""
+    case = make_case()
+    weights = case.weights._replace(up=case.weights.up.detach().requires_grad_())
+    out = fused_experts_mlp(case.hidden_states, case.top_k_index, case.top_k_weights, weights, case.up, case.down)
+    out.sum().backward()
+    assert weights.up.grad is not None
+
+
+def test_what_is_kept_does_not_depend_on_the_routing():
+    """Non-reentrant checkpointing compares the saved tensors of forward and recompute."""
+    first, second = (saved_by(make_case(seed=seed, T=9, E=40, dtype=torch.bfloat16)) for seed in (0, 1))
+    assert first == second
+    assert first
+
+
+def saved_by(case):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t):
+        hidden = case.hidden_states.requires_grad_()
+        fused_experts_mlp(hidden, case.top_k_index, case.top_k_weights, case.weights, case.up, case.down)
+    return saved

@@ -1,0 +1,124 @@
+"""One autograd function for the whole expert MLP: up, gate, down and weighted sum, with a low-rank update of each.
+
+It takes experts with at most one active adapter, an activation with a closed form, and nothing else on the way; all
+others, and devices and compilers that it is not made for, take the form of two functions in `experts_mlp`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_moe_ext.kernels import fused_loop
+from trl_moe_ext.kernels.dispatch import sort_by_expert
+from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates, experts_mlp, identity_weight
+from trl_moe_ext.kernels.fused_loop import Factors, Frozen, Kept, Routing
+from trl_moe_ext.kernels.lora_linear import LowRank
+
+
+def fused_experts_mlp(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: ExpertsWeights,
+    up_updates: Updates,
+    down_updates: Updates,
+    gate_updates: Updates = (),
+) -> Tensor:
+    """As `experts_mlp`, without a row for each (token, slot) pair but those that the backward pass needs."""
+    if not _is_taken(hidden_states, weights, up_updates, down_updates):
+        return experts_mlp(
+            hidden_states, top_k_index, top_k_weights, weights, up_updates, down_updates, gate_updates=gate_updates
+        )
+    dispatch = sort_by_expert(top_k_index, weights.up.shape[0])
+    up, down = (updates[0] if updates else None for updates in (up_updates, down_updates))
+    out: Tensor = _FusedMLP.apply(  # type: ignore[no-untyped-call]
+        hidden_states.to(weights.up.dtype),
+        top_k_weights,
+        *((None, None) if up is None else (up.A, up.B)),
+        *((None, None) if down is None else (down.A, down.B)),
+        weights,
+        (up, down),
+        Routing(dispatch.order, dispatch.offsets, dispatch.top_k),
+    )
+    if weights.identity_experts:
+        out = out + hidden_states * identity_weight(top_k_index, top_k_weights, weights)
+    return out.to(hidden_states.dtype)
+
+
+def _is_taken(hidden_states: Tensor, weights: ExpertsWeights, up_updates: Updates, down_updates: Updates) -> bool:
+    frozen = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    return (
+        weights.closed_form is not None
+        and weights.gate is None
+        and weights.post_norm is None
+        and not weights.weights_on_input
+        and max(len(up_updates), len(down_updates)) <= 1
+        and not any(w is not None and w.requires_grad for w in frozen)
+        and hidden_states.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _FusedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        top_k_weights: Tensor,
+        up_A: Tensor | None,
+        up_B: Tensor | None,
+        down_A: Tensor | None,
+        down_B: Tensor | None,
+        weights: ExpertsWeights,
+        updates: tuple[LowRank | None, LowRank | None],
+        routing: Routing,
+    ) -> Tensor:
+        factors = _factors(updates[0], up_A, up_B), _factors(updates[1], down_A, down_B)
+        with torch.autocast(hidden.device.type, enabled=False):
+            out, kept = fused_loop.forward(hidden, top_k_weights, _frozen(weights), factors, routing, keep=True)
+        # Number and shapes of the saved tensors do not depend on the routing: non-reentrant checkpointing compares
+        # them, and a recompute may route otherwise.
+        ctx.save_for_backward(
+            hidden, top_k_weights, up_A, up_B, down_A, down_B, weights.up, weights.down, weights.up_bias,
+            weights.down_bias, routing.order, routing.offsets, *kept,
+        )  # fmt: skip
+        ctx.rest = weights.closed_form, routing.top_k, [None if f is None else f[2:] for f in factors]
+        return out.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, top_k_weights, up_A, up_B, down_A, down_B, *rest = ctx.saved_tensors
+        up_weight, down_weight, up_bias, down_bias, order, offsets, *kept = rest
+        gate, top_k, options = ctx.rest
+        factors = (
+            None if options[0] is None else Factors(up_A, up_B, *options[0]),
+            None if options[1] is None else Factors(down_A, down_B, *options[1]),
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = fused_loop.backward(
+                grad.to(hidden.dtype),
+                hidden,
+                top_k_weights,
+                Kept(*kept),
+                Frozen(up_weight, down_weight, up_bias, down_bias, gate),
+                factors,
+                Routing(order, offsets, top_k),
+                needs_hidden=ctx.needs_input_grad[0],
+            )
+        d_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
+        d_factors = (*(gradients.up or (None, None)), *(gradients.down or (None, None)))
+        return d_hidden, gradients.weights.to(top_k_weights.dtype), *d_factors, None, None, None
+
+
+def _frozen(weights: ExpertsWeights) -> Frozen:
+    assert weights.closed_form is not None
+    return Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
+
+
+def _factors(update: LowRank | None, A: Tensor | None, B: Tensor | None) -> Factors | None:
+    if update is None or A is None or B is None:
+        return None
+    return Factors(A, B, update.scaling, update.dropout, update.seed if update.dropout else None)
