@@ -76,7 +76,7 @@ def test_a_broken_installed_plug_in_is_reported_with_its_distribution(site: Path
         "print(*[warning.message for warning in caught], sep='\\n')"
     )
     assert run(site, program).splitlines() == [
-        "['grouped', 'reference']",
+        "['fused', 'grouped', 'reference']",
         "plug-in finite (finite-experts 1.0) was left out: "
         "ModuleNotFoundError: No module named 'a_module_that_is_missing'",
     ]

@@ -18,7 +18,7 @@ def register_kernels() -> Sequence[Kernel]:
         Kernel("grouped", "grouped matrix products, no merged weight and no expert weight gradient", experts_mlp),
         Kernel(
             "fused",
-            "one function for the whole MLP, on a CPU; faster than grouped from some 1,000 tokens on",
+            "one function for the whole MLP, on a CPU; less memory than grouped",
             fused_experts_mlp,
         ),
         Kernel(
