@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m trl_moe_ext.experts.census", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all that have routed experts if none is given")
     parser.add_argument("--composites", action="store_true", help="only types that nest another one with experts")
-    parser.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="default: all")
+    parser.add_argument(
+        "--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="CHECK", help="default: all"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

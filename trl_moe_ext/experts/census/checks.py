@@ -90,7 +90,17 @@ def two_adapters(model_type: str) -> None:
     """Adapters of different rank on one model: each alone, both together, one deleted."""
     model = _adapted(_stock(model_type))
     first = _output(model)
-    model.add_adapter("second", MoeLoraConfig(r=2, moe_target=["experts", "attention"]))
+    model.add_adapter("second", MoeLoraConfig(r=2, moe_target=WORDS))
+    ours, others = (
+        {
+            f"{name}.".replace(f".{adapter}.", ".")
+            for name, _ in model.named_parameters()
+            if f".{adapter}." in f"{name}."
+        }
+        for adapter in ("default", "second")
+    )
+    if ours != others:
+        raise CheckError(f"the second adapter adapts other modules than the first: {sorted(ours ^ others)[:3]}")
     _equal(_output(model), first, "output of the first adapter beside a second one")
     randomise_factors(model, "second", seed=7)
     model.set_adapter("second")
