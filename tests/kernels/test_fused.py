@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from tests.kernels.cases import make_case
 from tests.tolerances import assert_gradient_close
-from trl_moe_ext.kernels import fused
+from trl_moe_ext.kernels import fused, fused_loop
+from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.fused import fused_experts_mlp
+from trl_moe_ext.kernels.fused_loop import Factors, Frozen, Routing
 from trl_moe_ext.kernels.gates import GATES, Gate
 
 
@@ -48,6 +50,26 @@ def test_weights_that_are_trained_are_left_to_the_two_functions():
     out = fused_experts_mlp(case.hidden_states, case.top_k_index, case.top_k_weights, weights, case.up, case.down)
     out.sum().backward()
     assert weights.up.grad is not None
+
+
+def test_what_was_not_kept_is_computed_again():
+    """The same bits, from the output of the first projection or without it."""
+    case = make_case(dtype=torch.bfloat16, bias=True)
+    dispatch = sort_by_expert(case.top_k_index, 5)
+    routing = Routing(dispatch.order, dispatch.offsets, dispatch.top_k)
+    weights, (up,), (down,) = case.weights, case.up, case.down
+    frozen = Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
+    factors = tuple(Factors(u.A, u.B, u.scaling, 0.0, None) for u in (up, down))
+    outputs, gradients = [], []
+    for keep in (True, False):
+        tokens = case.hidden_states, case.top_k_weights
+        out, kept = fused_loop.forward(*tokens, frozen, factors, routing, keep)
+        assert bool(kept.h.numel()) is keep
+        outputs.append(out)
+        hidden, routed, *both = fused_loop.backward(case.grad, *tokens, kept, frozen, factors, routing, True)
+        gradients.append([hidden, routed, *both[0], *both[1]])
+    assert torch.equal(*outputs)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_what_is_kept_does_not_depend_on_the_routing():
