@@ -11,7 +11,7 @@ from tests.tolerances import assert_gradient_close
 from trl_moe_ext.kernels import fused, fused_loop
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.fused import fused_experts_mlp
-from trl_moe_ext.kernels.fused_loop import Factors, Frozen, Routing
+from trl_moe_ext.kernels.fused_loop import Frozen
 from trl_moe_ext.kernels.gates import GATES, Gate
 
 
@@ -56,17 +56,15 @@ def test_what_was_not_kept_is_computed_again():
     """The same bits, from the output of the first projection or without it."""
     case = make_case(dtype=torch.bfloat16, bias=True)
     dispatch = sort_by_expert(case.top_k_index, 5)
-    routing = Routing(dispatch.order, dispatch.offsets, dispatch.top_k)
     weights, (up,), (down,) = case.weights, case.up, case.down
     frozen = Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
-    factors = tuple(Factors(u.A, u.B, u.scaling, 0.0, None) for u in (up, down))
     outputs, gradients = [], []
     for keep in (True, False):
         tokens = case.hidden_states, case.top_k_weights
-        out, kept = fused_loop.forward(*tokens, frozen, factors, routing, keep)
+        out, kept = fused_loop.forward(*tokens, frozen, (up, down), dispatch, keep)
         assert bool(kept.h.numel()) is keep
         outputs.append(out)
-        hidden, routed, *both = fused_loop.backward(case.grad, *tokens, kept, frozen, factors, routing, True)
+        hidden, routed, *both = fused_loop.backward(case.grad, *tokens, kept, frozen, (up, down), dispatch, True)
         gradients.append([hidden, routed, *both[0], *both[1]])
     assert torch.equal(*outputs)
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

@@ -15,10 +15,9 @@ from torch import nn
 
 from trl_moe_ext.experts.finding import OTHER_MODALITY, FoundExperts, ancestors, find_experts
 from trl_moe_ext.experts.layout import ExpertsLayout
+from trl_moe_ext.experts.registry import PARTS
 
 NamedModules = Iterable[tuple[str, nn.Module]]
-
-PARTS = ("attention", "shared_experts", "dense_mlp", "router")
 
 # An indexer's scores only choose positions: no gradient reaches its Linears, and LoRA there would never be trained.
 _NOT_TRAINED = re.compile(r"(^|[._])indexer([._]|$)")

@@ -23,7 +23,11 @@ def _reader(
     class_name: str, read: Callable[[nn.Module], ExpertsLayout]
 ) -> Callable[[nn.Module], ExpertsLayout | None]:
     """`read` for modules of that class or of a subclass, None for all others."""
-    return lambda module: read(module) if any(c.__name__ == class_name for c in type(module).__mro__) else None
+    return lambda module: read(module) if _is_a(module, class_name) else None
+
+
+def _is_a(module: nn.Module, class_name: str) -> bool:
+    return any(c.__name__ == class_name for c in type(module).__mro__)
 
 
 def _llama4(module: Any) -> ExpertsLayout:
@@ -83,7 +87,7 @@ def _longcat_flash(module: Any) -> ExpertsLayout:
 
 def _doge(module: nn.Module) -> dict[str, list[str]] | None:
     """Experts of a single neuron, in two embeddings that product keys look up."""
-    if not any(c.__name__ == "DogeCDMoE" for c in type(module).__mro__):
+    if not _is_a(module, "DogeCDMoE"):
         return None
     return {
         "experts": ["down_embed", "up_embed"],

@@ -35,8 +35,9 @@ def check_reading(module: nn.Module, layout: ExpertsLayout) -> None:
     scores = torch.rand(_TOKENS, layout.num_experts, generator=generator, device="cpu")
     index = scores.topk(min(2, layout.num_experts)).indices.to(weight.device)
     routing = torch.rand(index.shape, generator=generator, device="cpu").to(weight)
-    # With weights of this size each, a sum over the input features has the size of their root mean square.
-    unit = tokens / (float(weight.float().square().mean()) * layout.up.in_features) ** 0.5
+    # With weights of this size each, a sum over the input features has the size of their root mean square. Those of
+    # the experts that the first token goes to are enough: a copy of a stack may be larger than what memory is left.
+    unit = tokens / (float(weight[index[0]].float().square().mean()) * layout.up.in_features) ** 0.5
     for size in _SIZES:
         _compare(module, layout, (unit * size).to(weight), index, routing)
 

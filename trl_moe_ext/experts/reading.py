@@ -16,11 +16,11 @@ from torch import nn
 from trl_moe_ext.errors import PluginError
 from trl_moe_ext.experts.interface import read_interface
 from trl_moe_ext.experts.layout import ExpertsLayout
-from trl_moe_ext.experts.registry import ExpertsFamily
+from trl_moe_ext.experts.registry import PARTS, ExpertsFamily
 from trl_moe_ext.experts.stacks import infer_layout
 from trl_moe_ext.plugins import host
 
-BLOCK_PARTS = ("experts", "shared_experts", "dense_mlp", "attention", "router")
+BLOCK_PARTS = ("experts", *PARTS)
 Answer = TypeVar("Answer")
 
 

@@ -9,6 +9,9 @@ from torch import nn
 
 from trl_moe_ext.experts.layout import ExpertsLayout
 
+# The parts of a model around its experts.
+PARTS = ("attention", "shared_experts", "dense_mlp", "router")
+
 
 @dataclass(frozen=True)
 class ExpertsFamily:

@@ -80,9 +80,11 @@ def install_peft_config() -> None:
 def _completed(stock: Any) -> Any:
     @functools.wraps(stock)
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
+        from trl_moe_ext.hosts.adapter_files import OUR_TYPES
+
         forward = model.forward
         stock(model, *args, **kwargs)
-        if any(config.peft_type == "MOE_LORA" for config in getattr(model, "peft_config", {}).values()):
+        if any(config.peft_type in OUR_TYPES for config in getattr(model, "peft_config", {}).values()):
             from trl_moe_ext.hosts.trl_fused_head import complete_fused_head
 
             complete_fused_head(model, forward)

@@ -25,9 +25,14 @@ class Dispatch(NamedTuple):
     offsets: Tensor
     top_k: int
 
+    @property
+    def tokens(self) -> Tensor:
+        """``(S,)`` the token of each row."""
+        return torch.div(self.order, self.top_k, rounding_mode="floor")
+
     def gather(self, hidden_states: Tensor) -> Tensor:
         """``(T, n)`` tokens to ``(S, n)`` rows."""
-        return hidden_states[torch.div(self.order, self.top_k, rounding_mode="floor")]
+        return hidden_states[self.tokens]
 
     def rows(self, per_slot: Tensor) -> Tensor:
         """``(T, K)`` values to ``(S, 1)``: each row's own."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from trl_moe_ext.kernels import fused_loop
-from trl_moe_ext.kernels.dispatch import sort_by_expert
+from trl_moe_ext.kernels.dispatch import Dispatch, sort_by_expert
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates, experts_mlp, identity_weight
-from trl_moe_ext.kernels.fused_loop import Factors, Frozen, Kept, Routing
+from trl_moe_ext.kernels.fused_loop import Frozen, Kept
 from trl_moe_ext.kernels.lora_linear import LowRank
 
 
@@ -41,7 +41,7 @@ def fused_experts_mlp(
         *((None, None) if down is None else (down.A, down.B)),
         weights,
         (up, down),
-        Routing(dispatch.order, dispatch.offsets, dispatch.top_k),
+        dispatch,
     )
     if weights.identity_experts:
         out = out + hidden_states * identity_weight(top_k_index, top_k_weights, weights)
@@ -74,28 +74,28 @@ class _FusedMLP(torch.autograd.Function):
         down_B: Tensor | None,
         weights: ExpertsWeights,
         updates: tuple[LowRank | None, LowRank | None],
-        routing: Routing,
+        dispatch: Dispatch,
     ) -> Tensor:
-        factors = _factors(updates[0], up_A, up_B), _factors(updates[1], down_A, down_B)
+        assert weights.closed_form is not None
+        frozen = Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
         with torch.autocast(hidden.device.type, enabled=False):
-            out, kept = fused_loop.forward(hidden, top_k_weights, _frozen(weights), factors, routing, keep=True)
+            out, kept = fused_loop.forward(hidden, top_k_weights, frozen, updates, dispatch, keep=True)
         # Number and shapes of the saved tensors do not depend on the routing: non-reentrant checkpointing compares
         # them, and a recompute may route otherwise.
         ctx.save_for_backward(
-            hidden, top_k_weights, up_A, up_B, down_A, down_B, weights.up, weights.down, weights.up_bias,
-            weights.down_bias, routing.order, routing.offsets, *kept,
+            hidden, top_k_weights, up_A, up_B, down_A, down_B, *frozen[:4], *dispatch[:3], *kept
         )  # fmt: skip
-        ctx.rest = weights.closed_form, routing.top_k, [None if f is None else f[2:] for f in factors]
+        ctx.rest = frozen.gate, dispatch.top_k, [None if update is None else update[2:] for update in updates]
         return out.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, top_k_weights, up_A, up_B, down_A, down_B, *rest = ctx.saved_tensors
-        up_weight, down_weight, up_bias, down_bias, order, offsets, *kept = rest
+        up_weight, down_weight, up_bias, down_bias, order, position, offsets, *kept = rest
         gate, top_k, options = ctx.rest
-        factors = (
-            None if options[0] is None else Factors(up_A, up_B, *options[0]),
-            None if options[1] is None else Factors(down_A, down_B, *options[1]),
+        updates = (
+            None if options[0] is None else LowRank(up_A, up_B, *options[0]),
+            None if options[1] is None else LowRank(down_A, down_B, *options[1]),
         )
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = fused_loop.backward(
@@ -104,21 +104,10 @@ class _FusedMLP(torch.autograd.Function):
                 top_k_weights,
                 Kept(*kept),
                 Frozen(up_weight, down_weight, up_bias, down_bias, gate),
-                factors,
-                Routing(order, offsets, top_k),
+                updates,
+                Dispatch(order, position, offsets, top_k),
                 needs_hidden=ctx.needs_input_grad[0],
             )
         d_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
         d_factors = (*(gradients.up or (None, None)), *(gradients.down or (None, None)))
         return d_hidden, gradients.weights.to(top_k_weights.dtype), *d_factors, None, None, None
-
-
-def _frozen(weights: ExpertsWeights) -> Frozen:
-    assert weights.closed_form is not None
-    return Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
-
-
-def _factors(update: LowRank | None, A: Tensor | None, B: Tensor | None) -> Factors | None:
-    if update is None or A is None or B is None:
-        return None
-    return Factors(A, B, update.scaling, update.dropout, update.seed if update.dropout else None)

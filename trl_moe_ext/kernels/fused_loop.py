@@ -15,24 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trl_moe_ext.kernels.buckets import STEP, rounded
+from trl_moe_ext.kernels.dispatch import Dispatch
 from trl_moe_ext.kernels.dropout import drop
 from trl_moe_ext.kernels.gates import Gate
-
-# oneDNN compiles one primitive for each new (rows, in, out) in bfloat16, and routing makes new row counts in every
-# step: its cache of 1024 thrashes and time goes to compiling. So row counts are rounded up to these, then to steps of
-# 16. The rows in excess hold finite numbers of other experts; their results are dropped.
-_BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-_STEP = 16
-
-
-class Factors(NamedTuple):
-    """Low-rank factors of one projection: A ``(E, r, in)``, B ``(E, out, r)``, and what goes with them."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    dropout: float
-    seed: Tensor | None
+from trl_moe_ext.kernels.lora_linear import LowRank
 
 
 class Frozen(NamedTuple):
@@ -43,14 +30,6 @@ class Frozen(NamedTuple):
     up_bias: Tensor | None
     down_bias: Tensor | None
     gate: Gate
-
-
-class Routing(NamedTuple):
-    """Which token is in which row: ``order (S,)``, the flat pair ``t*K + k``, and the end of each expert's rows."""
-
-    order: Tensor
-    offsets: Tensor
-    top_k: int
 
 
 class Kept(NamedTuple):
@@ -66,10 +45,10 @@ class Kept(NamedTuple):
     down: Tensor
 
 
-class _LowRank:
+class _Factors:
     """The factors of one projection in the dtype of the rows, one pair of views an expert."""
 
-    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
+    def __init__(self, factors: LowRank, dtype: torch.dtype) -> None:
         self.factors = factors
         self.A = (factors.A * factors.scaling).to(dtype).unbind(0)
         self.At = [a.t() for a in self.A]
@@ -86,30 +65,35 @@ class _LowRank:
 
 
 class _Rows:
-    """The rows of every expert that has some: index, first row, number n, and n rounded up."""
+    """The rows of every expert that has some: index, first row, number n, and n rounded up.
 
-    def __init__(self, routing: Routing, dtype: torch.dtype) -> None:
-        sizes = routing.offsets.diff(prepend=routing.offsets.new_zeros(1)).tolist()
-        served = sum(sizes)
-        self.pairs = torch.split(routing.order[:served], sizes)
-        self.tokens = torch.split(torch.div(routing.order[:served], routing.top_k, rounding_mode="floor"), sizes)
-        starts = [0, *accumulate(sizes)]
-        self.experts = [(e, starts[e], n, _rounded(n, dtype)) for e, n in enumerate(sizes) if n]
+    The rows in excess hold finite numbers of other experts; their results are dropped.
+    """
+
+    def __init__(self, dispatch: Dispatch, dtype: torch.dtype) -> None:
+        self._dispatch = dispatch
+        self._sizes = dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)).tolist()
+        self.pairs = self._split(dispatch.order)
+        self.tokens = self._split(dispatch.tokens)
+        starts = [0, *accumulate(self._sizes)]
+        is_rounded = dtype == torch.bfloat16
+        self.experts = [(e, starts[e], n, rounded(n) if is_rounded else n) for e, n in enumerate(self._sizes) if n]
         self.widest = max((m for *_, m in self.experts), default=0)
-        self.sizes = sizes
-        self.served = served
 
-    def split(self, per_pair: Tensor, routing: Routing) -> tuple[Tensor, ...]:
-        """``(T, K)`` values to one ``(n, 1)`` an expert."""
-        return torch.split(per_pair.reshape(-1)[routing.order[: self.served]].unsqueeze(-1), self.sizes)
+    def weights(self, top_k_weights: Tensor) -> tuple[Tensor, ...]:
+        """``(T, K)`` routing weights to one ``(n, 1)`` an expert."""
+        return self._split(self._dispatch.rows(top_k_weights))
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(rows[: sum(self._sizes)], self._sizes)
 
 
 def forward(
     hidden: Tensor,
     weights: Tensor,
     frozen: Frozen,
-    factors: tuple[Factors | None, Factors | None],
-    routing: Routing,
+    factors: tuple[LowRank | None, LowRank | None],
+    dispatch: Dispatch,
     keep: bool,
 ) -> tuple[Tensor, Kept]:
     """The output ``(T, H)`` in float32 or wider, and what the backward pass needs.
@@ -120,11 +104,11 @@ def forward(
         factors: of the up and the down projection.
         keep: also the first projection's output, which is computed again otherwise.
     """
-    rows = _Rows(routing, hidden.dtype)
-    up_low, down_low = (None if f is None else _LowRank(f, hidden.dtype) for f in factors)
-    ups, downs, row_weights = frozen.up.unbind(0), frozen.down.unbind(0), rows.split(weights, routing)
+    rows = _Rows(dispatch, hidden.dtype)
+    up_low, down_low = (None if f is None else _Factors(f, hidden.dtype) for f in factors)
+    ups, downs, row_weights = frozen.up.unbind(0), frozen.down.unbind(0), rows.weights(weights)
     x = hidden.new_zeros(rows.widest, hidden.shape[1])
-    total = len(routing.order) + _STEP
+    total = len(dispatch.order) + STEP
     h_rows = hidden.new_empty(total if keep else rows.widest, frozen.up.shape[2])
     kept_up, kept_down = (
         hidden.new_empty(total if f is not None else 0, f.A.shape[1] if f is not None else 0) for f in factors
@@ -133,7 +117,7 @@ def forward(
     for e, start, n, m in rows.experts:
         token, pairs = rows.tokens[e], rows.pairs[e]
         xe = x[:m]
-        torch.index_select(hidden, 0, token, out=xe[:n] if m > n else xe)
+        torch.index_select(hidden, 0, token, out=xe[:n])
         # In ascending order the rows in excess fall on later experts', which overwrite them.
         h = h_rows[start : start + m] if keep else h_rows[:m]
         torch.mm(xe, ups[e], out=h)
@@ -149,7 +133,7 @@ def forward(
             y += torch.mm(u, down_low.Bt[e])
         if frozen.down_bias is not None:
             y += frozen.down_bias[e]
-        out.index_add_(0, token, (y[:n] if m > n else y) * row_weights[e].to(out.dtype))
+        out.index_add_(0, token, y[:n] * row_weights[e].to(out.dtype))
     return out, Kept(h_rows if keep else h_rows.new_empty(0), kept_up, kept_down)
 
 
@@ -168,8 +152,8 @@ def backward(
     weights: Tensor,
     kept: Kept,
     frozen: Frozen,
-    factors: tuple[Factors | None, Factors | None],
-    routing: Routing,
+    factors: tuple[LowRank | None, LowRank | None],
+    dispatch: Dispatch,
     needs_hidden: bool,
 ) -> Gradients:
     """Every gradient from that of the output.
@@ -177,22 +161,22 @@ def backward(
     The routing weight's needs no output: with the gradient g of a token, ``<g, y> = <da, a>`` where da is the gradient
     of the activation before the weight, plus ``<g, bias>``.
     """
-    rows = _Rows(routing, hidden.dtype)
-    up_low, down_low = (None if f is None else _LowRank(f, hidden.dtype) for f in factors)
+    rows = _Rows(dispatch, hidden.dtype)
+    up_low, down_low = (None if f is None else _Factors(f, hidden.dtype) for f in factors)
     ups, downs = [w.t() for w in frozen.up.unbind(0)], [w.t() for w in frozen.down.unbind(0)]
-    row_weights = rows.split(weights.to(hidden.dtype), routing)
+    row_weights = rows.weights(weights.to(hidden.dtype))
     is_kept = kept.h.numel() > 0
     x, g = (hidden.new_zeros(rows.widest, hidden.shape[1]) for _ in range(2))
     h_rows = kept.h if is_kept else hidden.new_empty(rows.widest, frozen.up.shape[2])
     d_hidden = torch.zeros(hidden.shape, dtype=_accumulator(hidden)) if needs_hidden else None
-    d_weights = torch.zeros(len(routing.order), dtype=_accumulator(hidden))
+    d_weights = torch.zeros(len(dispatch.order), dtype=_accumulator(hidden))
     d_up, d_down = (None if f is None else _Sums(f) for f in factors)
     for e, start, n, m in rows.experts:
         token, pairs, w = rows.tokens[e], rows.pairs[e], row_weights[e]
         ge, xe = g[:m], x[:m]
-        torch.index_select(grad, 0, token, out=ge[:n] if m > n else ge)
+        torch.index_select(grad, 0, token, out=ge[:n])
         if up_low is not None or not is_kept:
-            torch.index_select(hidden, 0, token, out=xe[:n] if m > n else xe)
+            torch.index_select(hidden, 0, token, out=xe[:n])
         h = h_rows[start : start + m] if is_kept else h_rows[:m]
         if not is_kept:
             torch.mm(xe, frozen.up[e], out=h)
@@ -204,10 +188,7 @@ def backward(
         d_a = torch.mm(ge, downs[e])
         if down_low is not None and d_down is not None:
             v = torch.mm(ge, down_low.B[e])
-            low_rank = torch.mm(v, down_low.A[e])
-            if down_low.factors.seed is not None:
-                low_rank = down_low.masked(low_rank, pairs)
-            d_a += low_rank
+            d_a += down_low.masked(torch.mm(v, down_low.A[e]), pairs)
             d_down.add(e, n, v, down_low.masked(a, pairs), ge, kept.down[start : start + m], w)
         d_w = (d_a[:n] * a[:n]).sum(dim=-1, dtype=d_weights.dtype)
         if frozen.down_bias is not None:
@@ -223,11 +204,9 @@ def backward(
             d_up.add(e, n, v, up_low.masked(xe, pairs), d_h, kept.up[start : start + m], None)
         if d_hidden is not None and d_x is not None:
             d_hidden.index_add_(0, token, d_x[:n].to(d_hidden.dtype))
-    by_pair = torch.empty_like(d_weights)
-    by_pair[routing.order] = d_weights
     return Gradients(
         d_hidden,
-        by_pair.view(weights.shape),
+        d_weights[dispatch.position].view(weights.shape),
         None if d_up is None else (d_up.A, d_up.B),
         None if d_down is None else (d_down.A, d_down.B),
     )
@@ -236,7 +215,7 @@ def backward(
 class _Sums:
     """The gradients of one projection's factors, of all experts."""
 
-    def __init__(self, factors: Factors) -> None:
+    def __init__(self, factors: LowRank) -> None:
         self.A, self.B = torch.zeros_like(factors.A), torch.zeros_like(factors.B)
         self._of_A, self._of_B = self.A.unbind(0), self.B.unbind(0)
         self._scaling = factors.scaling
@@ -244,23 +223,14 @@ class _Sums:
     def add(self, expert: int, n: int, v: Tensor, x: Tensor, grad: Tensor, u: Tensor, w: Tensor | None) -> None:
         """Write those of one expert: ``s (w v)^T x`` and ``grad^T (w u)``, of its first n rows alone."""
         v *= self._scaling
+        u = u.clone()  # what was kept stays as it is
         if w is not None:
             v[:n] *= w
-            u = u.clone()
             u[:n] *= w
-        elif n < len(u):
-            u = u.clone()
-        if n < len(u):
-            v[n:] = 0
-            u[n:] = 0
+        v[n:] = 0
+        u[n:] = 0
         self._of_A[expert].copy_(torch.mm(v.t(), x))
         self._of_B[expert].copy_(torch.mm(grad.t(), u))
-
-
-def _rounded(rows: int, dtype: torch.dtype) -> int:
-    if dtype != torch.bfloat16:
-        return rows
-    return next((size for size in _BUCKETS if size >= rows), -(-rows // _STEP) * _STEP)
 
 
 def _accumulator(like: Tensor) -> torch.dtype:

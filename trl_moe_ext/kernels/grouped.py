@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN compiles one primitive for each new (rows, in, out) in bfloat16, and routing makes new row counts in every
-# step: its cache of 1024 thrashes and time goes to compiling. So row counts are rounded up to these, then to steps
-# of 16; the rows in excess are a neighbour's and their results are overwritten or discarded.
-_BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+from trl_moe_ext.kernels.buckets import rounded
+
 _ALIGNMENT = 16  # bytes: what grouped_mm asks of every stride on CUDA
 
 
@@ -116,11 +114,13 @@ def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _window(start: int, end: int, rows: Tensor) -> slice:
-    """The rows ``start:end``, widened to a bucketed count where that saves oneDNN a compilation."""
+    """The rows ``start:end``, widened to a bucketed count where that saves oneDNN a compilation.
+
+    The rows in excess are a neighbour's, and their results are overwritten or discarded.
+    """
     if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
         return slice(start, end)
-    count = end - start
-    wide = next((size for size in _BUCKETS if size >= count), -(-count // 16) * 16)
+    wide = rounded(end - start)
     if wide > rows.shape[0]:
         return slice(start, end)
     start = min(start, rows.shape[0] - wide)

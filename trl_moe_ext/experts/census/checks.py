@@ -24,8 +24,9 @@ from trl_moe_ext.experts.census.merged import merged_output
 from trl_moe_ext.experts.census.tiny import build
 from trl_moe_ext.experts.census.weights import randomise_factors
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
+from trl_moe_ext.tuners.moe_lora.config import TARGET_WORDS
 
-WORDS = ["experts", "attention", "shared_experts", "dense_mlp", "router"]
+WORDS = list(TARGET_WORDS)
 # Relative errors. Some families round to float32 in places, even where all weights are float64; it shows most in the
 # gradient of a router, which is a small difference of large terms. bfloat16: a handful of roundings of 2^-9.
 OUTPUT, GRADIENT, BFLOAT16 = 1e-6, 1e-3, 2e-2

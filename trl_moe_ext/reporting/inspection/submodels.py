@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from trl_moe_ext.experts.anatomy import PARTS, Anatomy
+from trl_moe_ext.experts.anatomy import Anatomy
 from trl_moe_ext.experts.finding import ancestors
+from trl_moe_ext.experts.registry import PARTS
 
 
 @dataclass(frozen=True)

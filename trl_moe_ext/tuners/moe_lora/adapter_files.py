@@ -38,10 +38,7 @@ def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name
 
 def with_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with every name of the factors that several modules share: a file has one of them."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    shared = {aliases[0]: aliases for aliases in names.values() if len(aliases) > 1}
+    shared = {aliases[0]: aliases for aliases in _names(model).values() if len(aliases) > 1}
     return state | {alias: state[name] for name, aliases in shared.items() if name in state for alias in aliases}
 
 
@@ -57,11 +54,8 @@ def fill_in(model: nn.Module, tensors: dict[str, Tensor], missing: set[str], ada
         missing: names of parameters of `model`.
         adapter_name: the adapter that is being loaded.
     """
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
     found: set[str] = set()
-    for parameter, aliases in names.items():
+    for parameter, aliases in _names(model).items():
         if found.isdisjoint(aliases) and not set(aliases).isdisjoint(missing):
             parts = (alias.rpartition(f".{adapter_name}") for alias in aliases)
             keys = (f"base_model.model.{before}{after}" for before, _, after in parts)
@@ -86,6 +80,14 @@ def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) ->
     _refuse_unless_fitting(adapter_name, *_listed("missing from the file", sorted(missing)))
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     _refuse_unless_finite(adapter_name, _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes))
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every name of every parameter."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
 
 
 def _refuse_unless_fitting(adapter_name: str, *problems: str) -> None:
