@@ -1,25 +1,13 @@
-"""How close is equal: one row for each dtype, compared by `relative_error`. Never loosened for a machine."""
+"""Comparisons that fail a test; how close is equal is told by the table that `trl-moe bench --check` goes by."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# dtype -> (outputs, gradients), each ||a - b|| / ||b|| against a float64 reference.
-RELATIVE_ERROR = {
-    torch.float64: (1e-12, 1e-12),  # the same formula in another order of summation
-    torch.float32: (1e-5, 1e-4),  # 2^-24 times the square root of the longest sum, with a margin
-    torch.bfloat16: (2e-2, 2e-2),  # 2^-9 for each rounding, a handful of roundings in a row
-}
+from trl_moe_ext.bench.tolerances import RELATIVE_ERROR, relative_error
 
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``||actual - expected|| / ||expected||`` in float64; the expected tensor must not vanish."""
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    actual, expected = actual.detach().double(), expected.detach().double()
-    norm = expected.norm()
-    assert norm > 0, "the expected tensor is zero: nothing would be tested"
-    return float((actual - expected).norm() / norm)
+__all__ = ["RELATIVE_ERROR", "assert_gradient_close", "assert_output_close", "relative_error"]
 
 
 def assert_output_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

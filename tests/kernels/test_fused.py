@@ -11,7 +11,7 @@ from tests.tolerances import assert_gradient_close
 from trl_moe_ext.kernels import fused, fused_loop
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.fused import fused_experts_mlp
-from trl_moe_ext.kernels.fused_loop import Frozen
+from trl_moe_ext.kernels.fused_parts import Frozen
 from trl_moe_ext.kernels.gates import GATES, Gate
 
 
@@ -25,12 +25,14 @@ def test_the_derivative_of_a_gate_is_that_of_autograd(name):
     assert_gradient_close(gate.backward(h.detach(), grad), expected, torch.float64, name)
 
 
-TAKEN = {"gated": {}, "biased": {"bias": True}, "dropout": {"dropout": 0.25}, "no adapter": {"adapters": 0}}
+TAKEN = {
+    "gated": {}, "biased": {"bias": True}, "dropout": {"dropout": 0.25}, "no adapter": {"adapters": 0},
+    "weights on the input": {"weights_on_input": True},
+}
 LEFT = {
     "two adapters": {"adapters": 2},
     "norm": {"post_norm": lambda y: F.rms_norm(y, y.shape[-1:])},
     "gate apart": {"gate_apart": True},
-    "weights on the input": {"weights_on_input": True},
 }
 
 

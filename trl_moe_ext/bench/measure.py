@@ -1,33 +1,30 @@
-"""Time and peak memory of training steps, each peer in a process of its own."""
+"""Time and memory of training steps of one peer, in the process that calls it."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
+from trl_moe_ext.bench.build import build
+from trl_moe_ext.bench.memory import peak, reset_peak
+from trl_moe_ext.bench.peers import peer_named
+from trl_moe_ext.bench.plan import Plan
+from trl_moe_ext.errors import MoeExtError
 
-@dataclass(frozen=True)
-class Plan:
-    """One measurement: shape, peer, dtype and rank, tokens a step, and how many steps to time after two to warm up."""
-
-    shape: str
-    peer: str
-    dtype: str
-    rank: int
-    tokens: int
-    steps: int
+WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each timed step, and bytes that the steps needed over the idle model (None where it is unknown)."""
+    """One round of one peer.
+
+    Attributes:
+        seconds: of each timed step.
+        extra_bytes: the most that the steps held over the idle model; None where the system does not tell.
+    """
 
     seconds: list[float]
     extra_bytes: int | None
@@ -38,56 +35,35 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def measure_in_process(plan: Plan) -> Measured:
-    """Run `measure` in a fresh Python process, so that no peer inherits another's memory or caches.
+def measure(plan: Plan) -> Measured:
+    """Time forward and backward on new random inputs in every step.
 
     Raises:
-        subprocess.CalledProcessError: the process failed; what it wrote to stderr has been shown.
+        PeerUnavailableError: the peer cannot adapt this model.
+        MoeExtError: a step made numbers that are not finite.
     """
-    command = [sys.executable, "-m", "trl_moe_ext.bench.measure", json.dumps(asdict(plan))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def measure(plan: Plan) -> Measured:
-    """Time forward and backward of random tokens, new ones in every step so that the routing is new as well."""
-    from trl_moe_ext.bench.peers import PEERS
-    from trl_moe_ext.bench.shapes import SHAPES, VOCABULARY
-
-    implementation, adapt = PEERS[plan.peer]
-    model = adapt(SHAPES[plan.shape].build(getattr(torch, plan.dtype), implementation), plan.rank)
-    idle = _reset_peak()
+    peer, device = peer_named(plan.peer), torch.device(plan.device)
+    subject = build(plan, peer.implementation)
+    model = peer.attach(subject, plan.rank)
+    torch.manual_seed(1)  # every peer sees the same tokens, whatever its factors took from the generator
+    idle = reset_peak(device)
     seconds = []
-    for step in range(2 + plan.steps):
-        tokens = torch.randint(0, VOCABULARY, (1, plan.tokens))
-        start = time.perf_counter()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        if step >= 2:
-            seconds.append(time.perf_counter() - start)
+    for step in range(WARM_UP_STEPS + plan.steps):
+        inputs = subject.draw(plan.tokens)
+        start = _now(device)
+        out = subject.step(model, *inputs)
+        end = _now(device)
+        if not torch.isfinite(out).all():
+            raise MoeExtError(f"step {step} of {plan.peer} gives numbers that are not finite; nothing was measured")
+        if step >= WARM_UP_STEPS:
+            seconds.append(end - start)
         model.zero_grad(set_to_none=True)
-    peak = _peak()
-    return Measured(seconds, None if idle is None or peak is None else peak - idle)
+        del inputs, out
+    most = peak(device)
+    return Measured(seconds, None if idle is None or most is None else most - idle)
 
 
-def _reset_peak() -> int | None:
-    """Set the kernel's peak of this process to what it holds now, and return that; None where it cannot be done."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _peak()
-
-
-def _peak() -> int | None:
-    """Peak resident bytes since the last reset."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(kilobytes) * 1024
-
-
-if __name__ == "__main__":
-    result = measure(Plan(**json.loads(sys.argv[1])))
-    print(json.dumps(asdict(result)))
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from trl_moe_ext._version import __version__
 from trl_moe_ext.cli.ask import ask
+from trl_moe_ext.cli.bench import bench
 from trl_moe_ext.cli.inspect import inspect
 from trl_moe_ext.cli.plugins import plugins
 from trl_moe_ext.cli.upcycle import upcycle
@@ -41,6 +42,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(ask)
+app.add_typer(bench)
 app.command()(inspect)
 app.command()(plugins)
 app.command()(upcycle)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl_moe_ext.kernels import fused_loop
 from trl_moe_ext.kernels.dispatch import Dispatch, sort_by_expert
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates, experts_mlp, identity_weight
-from trl_moe_ext.kernels.fused_loop import Frozen, Kept
+from trl_moe_ext.kernels.fused_parts import Frozen, Kept
 from trl_moe_ext.kernels.lora_linear import LowRank
 
 
@@ -54,7 +54,6 @@ def _is_taken(hidden_states: Tensor, weights: ExpertsWeights, up_updates: Update
         weights.closed_form is not None
         and weights.gate is None
         and weights.post_norm is None
-        and not weights.weights_on_input
         and max(len(up_updates), len(down_updates)) <= 1
         and not any(w is not None and w.requires_grad for w in frozen)
         and hidden_states.device.type == "cpu"
@@ -77,22 +76,23 @@ class _FusedMLP(torch.autograd.Function):
         dispatch: Dispatch,
     ) -> Tensor:
         assert weights.closed_form is not None
-        frozen = Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
+        tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+        frozen = Frozen(*tensors, weights.closed_form, weights.weights_on_input)
         with torch.autocast(hidden.device.type, enabled=False):
             out, kept = fused_loop.forward(hidden, top_k_weights, frozen, updates, dispatch, keep=True)
         # Number and shapes of the saved tensors do not depend on the routing: non-reentrant checkpointing compares
         # them, and a recompute may route otherwise.
         ctx.save_for_backward(
-            hidden, top_k_weights, up_A, up_B, down_A, down_B, *frozen[:4], *dispatch[:3], *kept
+            hidden, top_k_weights, up_A, up_B, down_A, down_B, *tensors, *dispatch[:3], *kept
         )  # fmt: skip
-        ctx.rest = frozen.gate, dispatch.top_k, [None if update is None else update[2:] for update in updates]
+        ctx.rest = frozen[4:], dispatch.top_k, [None if update is None else update[2:] for update in updates]
         return out.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, top_k_weights, up_A, up_B, down_A, down_B, *rest = ctx.saved_tensors
         up_weight, down_weight, up_bias, down_bias, order, position, offsets, *kept = rest
-        gate, top_k, options = ctx.rest
+        how, top_k, options = ctx.rest
         updates = (
             None if options[0] is None else LowRank(up_A, up_B, *options[0]),
             None if options[1] is None else LowRank(down_A, down_B, *options[1]),
@@ -103,7 +103,7 @@ class _FusedMLP(torch.autograd.Function):
                 hidden,
                 top_k_weights,
                 Kept(*kept),
-                Frozen(up_weight, down_weight, up_bias, down_bias, gate),
+                Frozen(up_weight, down_weight, up_bias, down_bias, *how),
                 updates,
                 Dispatch(order, position, offsets, top_k),
                 needs_hidden=ctx.needs_input_grad[0],

@@ -1,149 +1,66 @@
-"""The expert MLP forward and backward, one expert after the other: what runs on a CPU.
+"""The expert MLP forward and backward on a CPU: one run of neighbouring experts after the other.
 
-An expert's rows, its intermediate results and its gradients stay in the cache from one product to the next, and no
-tensor has a row for each (token, slot) pair but the one that is kept for the backward pass.
+The two large products of an expert run on its own rows, one expert at a time. All that is small, the gathers, the
+gate and the rank-sized products, runs once for a run of experts. So intermediate results stay in the cache, and no
+tensor has a row for each (token, slot) pair but what is kept for the backward pass.
 
-Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, H hidden, I intermediate, r rank; n rows of
-one expert, m the same rounded up.
+Legend: T tokens, K top_k, S = T*K routed rows, E experts, H hidden, I intermediate, r rank; a run has R rows, those of
+its experts and some in excess, whose weight is zero.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from trl_moe_ext.kernels.buckets import STEP, rounded
 from trl_moe_ext.kernels.dispatch import Dispatch
-from trl_moe_ext.kernels.dropout import drop
-from trl_moe_ext.kernels.gates import Gate
+from trl_moe_ext.kernels.fused_parts import Frozen, Gradients, Kept
+from trl_moe_ext.kernels.fused_update import Update
 from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.expert_groups import ExpertGroup, bound_of_rows, group_experts
 
-
-class Frozen(NamedTuple):
-    """The frozen weights: up ``(E, H, 2I)`` or ``(E, H, I)``, down ``(E, I, H)``, biases, and the gate between."""
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    gate: Gate
-
-
-class Kept(NamedTuple):
-    """What the forward leaves for the backward pass, in the order of the rows; empty if nothing is kept.
-
-    Attributes:
-        h: ``(S + padding, 2I)`` or ``(S + padding, I)``, the output of the first projection.
-        up, down: ``(S + padding, r)``, the rank-sized results of both projections.
-    """
-
-    h: Tensor
-    up: Tensor
-    down: Tensor
-
-
-class _Factors:
-    """The factors of one projection in the dtype of the rows, one pair of views an expert."""
-
-    def __init__(self, factors: LowRank, dtype: torch.dtype) -> None:
-        self.factors = factors
-        self.A = (factors.A * factors.scaling).to(dtype).unbind(0)
-        self.At = [a.t() for a in self.A]
-        self.B = factors.B.to(dtype).unbind(0)
-        self.Bt = [b.t() for b in self.B]
-
-    def masked(self, x: Tensor, pairs: Tensor) -> Tensor:
-        """The rows that dropout left."""
-        if self.factors.seed is None:
-            return x
-        out = torch.zeros_like(x)
-        out[: len(pairs)] = drop(x[: len(pairs)], self.factors.seed, pairs, self.factors.dropout)
-        return out
-
-
-class _Rows:
-    """The rows of every expert that has some: index, first row, number n, and n rounded up.
-
-    The rows in excess hold finite numbers of other experts; their results are dropped.
-    """
-
-    def __init__(self, dispatch: Dispatch, dtype: torch.dtype) -> None:
-        self._dispatch = dispatch
-        self._sizes = dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)).tolist()
-        self.pairs = self._split(dispatch.order)
-        self.tokens = self._split(dispatch.tokens)
-        starts = [0, *accumulate(self._sizes)]
-        is_rounded = dtype == torch.bfloat16
-        self.experts = [(e, starts[e], n, rounded(n) if is_rounded else n) for e, n in enumerate(self._sizes) if n]
-        self.widest = max((m for *_, m in self.experts), default=0)
-
-    def weights(self, top_k_weights: Tensor) -> tuple[Tensor, ...]:
-        """``(T, K)`` routing weights to one ``(n, 1)`` an expert."""
-        return self._split(self._dispatch.rows(top_k_weights))
-
-    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(rows[: sum(self._sizes)], self._sizes)
+Factors = tuple[LowRank | None, LowRank | None]
 
 
 def forward(
-    hidden: Tensor,
-    weights: Tensor,
-    frozen: Frozen,
-    factors: tuple[LowRank | None, LowRank | None],
-    dispatch: Dispatch,
-    keep: bool,
+    hidden: Tensor, weights: Tensor, frozen: Frozen, factors: Factors, dispatch: Dispatch, keep: bool
 ) -> tuple[Tensor, Kept]:
     """The output ``(T, H)`` in float32 or wider, and what the backward pass needs.
 
     Args:
         hidden: ``(T, H)``.
         weights: ``(T, K)`` routing weights.
+        frozen: the experts.
         factors: of the up and the down projection.
+        dispatch: the routing.
         keep: also the first projection's output, which is computed again otherwise.
     """
-    rows = _Rows(dispatch, hidden.dtype)
-    up_low, down_low = (None if f is None else _Factors(f, hidden.dtype) for f in factors)
-    ups, downs, row_weights = frozen.up.unbind(0), frozen.down.unbind(0), rows.weights(weights)
-    x = hidden.new_zeros(rows.widest, hidden.shape[1])
-    total = len(dispatch.order) + STEP
-    h_rows = hidden.new_empty(total if keep else rows.widest, frozen.up.shape[2])
-    kept_up, kept_down = (
-        hidden.new_empty(total if f is not None else 0, f.A.shape[1] if f is not None else 0) for f in factors
+    wide = _wide(hidden)
+    up, down = (None if f is None else Update(f) for f in factors)
+    products = _Products(frozen, groups := group_experts(dispatch, hidden.dtype), hidden.dtype)
+    rows = bound_of_rows(len(dispatch.order))
+    kept = Kept(
+        hidden.new_empty(rows if keep else 0, frozen.up.shape[2]),
+        *(torch.empty(rows if f else 0, f.A.shape[1] if f else 0, dtype=wide) for f in factors),
     )
-    out = torch.zeros(hidden.shape, dtype=_accumulator(hidden))
-    for e, start, n, m in rows.experts:
-        token, pairs = rows.tokens[e], rows.pairs[e]
-        xe = x[:m]
-        torch.index_select(hidden, 0, token, out=xe[:n])
-        # In ascending order the rows in excess fall on later experts', which overwrite them.
-        h = h_rows[start : start + m] if keep else h_rows[:m]
-        torch.mm(xe, ups[e], out=h)
-        if up_low is not None:
-            u = torch.mm(up_low.masked(xe, pairs), up_low.At[e], out=kept_up[start : start + m])
-            h += torch.mm(u, up_low.Bt[e])
-        if frozen.up_bias is not None:
-            h += frozen.up_bias[e]
+    out = torch.zeros(hidden.shape, dtype=wide)
+    for group in groups:
+        inside, outside = _row_weights(group, weights, frozen)
+        x = _inputs(hidden, group, inside)
+        if up is not None:
+            kept.up[group.rows] = up.project(x, group)
+        h = _first_projection(x, kept, frozen, up, products, group)
         a = frozen.gate.forward(h)
-        y = torch.mm(a, downs[e])
-        if down_low is not None:
-            u = torch.mm(down_low.masked(a, pairs), down_low.At[e], out=kept_down[start : start + m])
-            y += torch.mm(u, down_low.Bt[e])
+        y = products.down(a, group)
+        if down is not None:
+            kept.down[group.rows] = u = down.project(a, group)
+            down.expand(y, u, group)
         if frozen.down_bias is not None:
-            y += frozen.down_bias[e]
-        out.index_add_(0, token, y[:n] * row_weights[e].to(out.dtype))
-    return out, Kept(h_rows if keep else h_rows.new_empty(0), kept_up, kept_down)
-
-
-class Gradients(NamedTuple):
-    """Of tokens (None if not needed), routing weights, and the factors A and B of both projections (or None)."""
-
-    hidden: Tensor | None
-    weights: Tensor
-    up: tuple[Tensor, Tensor] | None
-    down: tuple[Tensor, Tensor] | None
+            group.by_expert(y).add_(frozen.down_bias[group.index, None])
+        out.index_add_(0, group.tokens, y.to(wide).mul_(outside.to(wide)))
+    return out, kept
 
 
 def backward(
@@ -152,86 +69,124 @@ def backward(
     weights: Tensor,
     kept: Kept,
     frozen: Frozen,
-    factors: tuple[LowRank | None, LowRank | None],
+    factors: Factors,
     dispatch: Dispatch,
     needs_hidden: bool,
 ) -> Gradients:
     """Every gradient from that of the output.
 
     The routing weight's needs no output: with the gradient g of a token, ``<g, y> = <da, a>`` where da is the gradient
-    of the activation before the weight, plus ``<g, bias>``.
+    of the activation before the weight, plus ``<g, bias>``. A weight w on the input has ``<dx, x>`` with the gradient
+    of ``w * x``.
     """
-    rows = _Rows(dispatch, hidden.dtype)
-    up_low, down_low = (None if f is None else _Factors(f, hidden.dtype) for f in factors)
-    ups, downs = [w.t() for w in frozen.up.unbind(0)], [w.t() for w in frozen.down.unbind(0)]
-    row_weights = rows.weights(weights.to(hidden.dtype))
-    is_kept = kept.h.numel() > 0
-    x, g = (hidden.new_zeros(rows.widest, hidden.shape[1]) for _ in range(2))
-    h_rows = kept.h if is_kept else hidden.new_empty(rows.widest, frozen.up.shape[2])
-    d_hidden = torch.zeros(hidden.shape, dtype=_accumulator(hidden)) if needs_hidden else None
-    d_weights = torch.zeros(len(dispatch.order), dtype=_accumulator(hidden))
-    d_up, d_down = (None if f is None else _Sums(f) for f in factors)
-    for e, start, n, m in rows.experts:
-        token, pairs, w = rows.tokens[e], rows.pairs[e], row_weights[e]
-        ge, xe = g[:m], x[:m]
-        torch.index_select(grad, 0, token, out=ge[:n])
-        if up_low is not None or not is_kept:
-            torch.index_select(hidden, 0, token, out=xe[:n])
-        h = h_rows[start : start + m] if is_kept else h_rows[:m]
-        if not is_kept:
-            torch.mm(xe, frozen.up[e], out=h)
-            if up_low is not None:
-                h += torch.mm(kept.up[start : start + m], up_low.Bt[e])
-            if frozen.up_bias is not None:
-                h += frozen.up_bias[e]
+    wide = _wide(hidden)
+    up, down = (None if f is None else Update(f) for f in factors)
+    products = _Products(frozen, groups := group_experts(dispatch, hidden.dtype), hidden.dtype)
+    d_hidden = torch.zeros(hidden.shape, dtype=wide)
+    d_weights = torch.zeros(len(dispatch.order), dtype=wide)
+    needs_x = needs_hidden or frozen.weights_on_input
+    for group in groups:
+        inside, outside = _row_weights(group, weights, frozen)
+        g = grad.index_select(0, group.tokens)
+        x = _inputs(hidden, group, inside) if up is not None or not kept.h.numel() else None
+        h = kept.h[group.rows] if x is None or kept.h.numel() else _first_projection(x, kept, frozen, up, products, group)
         a = frozen.gate.forward(h)
-        d_a = torch.mm(ge, downs[e])
-        if down_low is not None and d_down is not None:
-            v = torch.mm(ge, down_low.B[e])
-            d_a += down_low.masked(torch.mm(v, down_low.A[e]), pairs)
-            d_down.add(e, n, v, down_low.masked(a, pairs), ge, kept.down[start : start + m], w)
-        d_w = (d_a[:n] * a[:n]).sum(dim=-1, dtype=d_weights.dtype)
-        if frozen.down_bias is not None:
-            d_w += (ge[:n] @ frozen.down_bias[e].to(ge.dtype)).to(d_w.dtype)
-        d_weights[start : start + n] = d_w
-        d_a[:n] *= w
-        d_h = frozen.gate.backward(h, d_a)
-        d_x = torch.mm(d_h, ups[e]) if d_hidden is not None else None
-        if up_low is not None and d_up is not None:
-            v = torch.mm(d_h, up_low.B[e])
-            if d_x is not None:
-                d_x += up_low.masked(torch.mm(v, up_low.A[e]), pairs)
-            d_up.add(e, n, v, up_low.masked(xe, pairs), d_h, kept.up[start : start + m], None)
-        if d_hidden is not None and d_x is not None:
-            d_hidden.index_add_(0, token, d_x[:n].to(d_hidden.dtype))
+        d_a = products.down_back(g, group)
+        if down is not None:
+            down.backward(d_a, g, a, kept.down[group.rows], group, outside)
+        if not frozen.weights_on_input:
+            d_w = (d_a.to(wide) * a).sum(dim=-1)
+            if frozen.down_bias is not None:
+                bias = frozen.down_bias[group.index, :, None].to(wide)
+                d_w += torch.bmm(group.by_expert(g.to(wide)), bias).view(-1)
+            _put(d_weights, group, d_w)
+        d_h = frozen.gate.backward(h, d_a.mul_(outside))
+        d_x = products.up_back(d_h, group) if needs_x else None
+        if up is not None and x is not None:
+            up.backward(d_x, d_h, x, kept.up[group.rows], group, None)
+        if d_x is None:
+            continue
+        d_x = d_x.to(wide)
+        if inside is not None:
+            _put(d_weights, group, (d_x * hidden.index_select(0, group.tokens)).sum(dim=-1))
+            d_x *= inside
+        d_hidden.index_add_(0, group.tokens, d_x)
     return Gradients(
-        d_hidden,
-        d_weights[dispatch.position].view(weights.shape),
-        None if d_up is None else (d_up.A, d_up.B),
-        None if d_down is None else (d_down.A, d_down.B),
+        d_hidden if needs_hidden else None,
+        d_weights.view(weights.shape),
+        None if up is None else (up.d_A, up.d_B),
+        None if down is None else (down.d_A, down.d_B),
     )
 
 
-class _Sums:
-    """The gradients of one projection's factors, of all experts."""
+class _Products:
+    """The large products: each expert's rows times its frozen matrix.
 
-    def __init__(self, factors: LowRank) -> None:
-        self.A, self.B = torch.zeros_like(factors.A), torch.zeros_like(factors.B)
-        self._of_A, self._of_B = self.A.unbind(0), self.B.unbind(0)
-        self._scaling = factors.scaling
+    Results are in memory that the next run of the same product writes over. Rows in excess are zero.
+    """
 
-    def add(self, expert: int, n: int, v: Tensor, x: Tensor, grad: Tensor, u: Tensor, w: Tensor | None) -> None:
-        """Write those of one expert: ``s (w v)^T x`` and ``grad^T (w u)``, of its first n rows alone."""
-        v *= self._scaling
-        u = u.clone()  # what was kept stays as it is
-        if w is not None:
-            v[:n] *= w
-            u[:n] *= w
-        v[n:] = 0
-        u[n:] = 0
-        self._of_A[expert].copy_(torch.mm(v.t(), x))
-        self._of_B[expert].copy_(torch.mm(grad.t(), u))
+    def __init__(self, frozen: Frozen, groups: Sequence[ExpertGroup], dtype: torch.dtype) -> None:
+        self._ups, self._downs = frozen.up.unbind(0), frozen.down.unbind(0)
+        self._ups_back, self._downs_back = [w.t() for w in self._ups], [w.t() for w in self._downs]
+        self._rows, self._dtype = max((len(group.pairs) for group in groups), default=0), dtype
+        self._results: dict[str, Tensor] = {}
+
+    def up(self, x: Tensor, group: ExpertGroup, out: Tensor | None = None) -> Tensor:
+        """``(R, H)`` to the first projection's output."""
+        return self._each("up", x, self._ups, group, out)
+
+    def down(self, a: Tensor, group: ExpertGroup) -> Tensor:
+        """``(R, I)`` to ``(R, H)``."""
+        return self._each("down", a, self._downs, group)
+
+    def up_back(self, d_h: Tensor, group: ExpertGroup) -> Tensor:
+        """The gradient of `up`'s result to that of its rows, ``(R, H)``."""
+        return self._each("up_back", d_h, self._ups_back, group)
+
+    def down_back(self, g: Tensor, group: ExpertGroup) -> Tensor:
+        """``(R, H)`` to ``(R, I)``."""
+        return self._each("down_back", g, self._downs_back, group)
+
+    def _each(self, name: str, x: Tensor, weights: Sequence[Tensor], group: ExpertGroup, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            width = weights[0].shape[1]
+            if name not in self._results:
+                self._results[name] = torch.empty(self._rows, width, dtype=self._dtype)
+            out = self._results[name][: len(x)]
+        each = zip((weights[expert] for expert in group.experts), group.sizes, group.by_expert(x).unbind(0), group.by_expert(out).unbind(0), strict=True)
+        for weight, size, rows, results in each:
+            torch.mm(rows[:size], weight, out=results[:size])
+            if size < len(results):
+                results[size:] = 0
+        return out
 
 
-def _accumulator(like: Tensor) -> torch.dtype:
+def _first_projection(
+    x: Tensor, kept: Kept, frozen: Frozen, up: Update | None, products: _Products, group: ExpertGroup
+) -> Tensor:
+    h = products.up(x, group, kept.h[group.rows] if kept.h.numel() else None)
+    if up is not None:
+        up.expand(h, kept.up[group.rows], group)
+    if frozen.up_bias is not None:
+        group.by_expert(h).add_(frozen.up_bias[group.index, None])
+    return h
+
+
+def _row_weights(group: ExpertGroup, weights: Tensor, frozen: Frozen) -> tuple[Tensor | None, Tensor]:
+    """What multiplies each row's input (None for one) and its output, ``(R, 1)``; zero outside on rows in excess."""
+    weight = weights.reshape(-1)[group.pairs].unsqueeze(-1)
+    return (weight, group.is_own.to(weight.dtype)) if frozen.weights_on_input else (None, weight * group.is_own)
+
+
+def _inputs(hidden: Tensor, group: ExpertGroup, inside: Tensor | None) -> Tensor:
+    x = hidden.index_select(0, group.tokens)
+    return x if inside is None else x.mul_(inside)
+
+
+def _put(per_pair: Tensor, group: ExpertGroup, values: Tensor) -> None:
+    """Add the rows' values at their (token, slot) pairs; a row in excess adds zero."""
+    per_pair.index_add_(0, group.pairs, values * group.is_own.view(-1))
+
+
+def _wide(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)

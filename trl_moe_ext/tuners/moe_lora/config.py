@@ -12,6 +12,7 @@ from trl_moe_ext.errors import ConfigError, near_matches
 
 TARGET_WORDS = ("experts", "attention", "shared_experts", "dense_mlp", "router")
 PROJECTION_WORDS = ("both", "gate_up", "down")
+ACTIVATION_WORDS = ("gate_up", "none")
 
 # Options of LoraConfig that change how a Linear is adapted and that nobody has defined for a stack of experts. An
 # adapter that ignored them on its largest part would not be what was asked for.
@@ -50,6 +51,9 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         expert_projections: ``both``, or only ``gate_up`` (the first projection) or ``down`` (the second).
         saved_with: the version of this package that saved the adapter; None for one that was never saved.
         kernel: name of the implementation, see ``trl-moe plugins``. Not saved with the adapter.
+        save_activations: what the experts keep for the backward pass besides their tokens: ``gate_up``, the output of
+            the first projection, or ``none``, which computes it again: less memory for one more product. Under
+            gradient checkpointing, which computes everything again, both are the same. Not saved with the adapter.
 
     Raises:
         ConfigError: an option is out of range, unknown, or has no meaning on experts.
@@ -67,7 +71,11 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         default="both", metadata={"help": "Which projections of the experts: " + ", ".join(PROJECTION_WORDS)}
     )
     saved_with: str | None = field(default=None, metadata={"help": "Written on saving; leave empty"})
-    kernel: str = field(default="grouped", metadata={"help": "Kernel of the routed experts, see `trl-moe plugins`"})
+    kernel: str = field(default="fused", metadata={"help": "Kernel of the routed experts, see `trl-moe plugins`"})
+    save_activations: str = field(
+        default="gate_up",
+        metadata={"help": "What experts keep for the backward pass: " + ", ".join(ACTIVATION_WORDS)},
+    )
 
     def __post_init__(self) -> None:
         _refuse_meaningless(self)
@@ -77,6 +85,7 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
             self.moe_target = [self.moe_target]
         _check_words("moe_target", self.moe_target, TARGET_WORDS)
         _check_words("expert_projections", [self.expert_projections], PROJECTION_WORDS)
+        _check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
         for name in ("r", "expert_r"):
             rank = getattr(self, name)
             if rank is not None and (not isinstance(rank, int) or rank < 1):
@@ -98,9 +107,10 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         return "experts" in self.moe_target or bool(self.target_modules) or bool(self.target_parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        """The saved form. The kernel is how this machine computes, not what the adapter is."""
+        """The saved form, without how this machine computes: that is not what the adapter is."""
         saved: dict[str, Any] = super().to_dict()
-        saved.pop("kernel", None)
+        for name in ("kernel", "save_activations"):
+            saved.pop(name, None)
         return saved | {"saved_with": f"trl_moe_ext {__version__}"}
 
 

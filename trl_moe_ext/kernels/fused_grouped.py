@@ -1,0 +1,200 @@
+"""The expert MLP forward and backward over grouped products of all rows at once: what runs on CUDA and compiles.
+
+Nothing here reads a number from the device: shapes follow from T and K alone, whatever the routing.
+
+Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, H hidden, I intermediate, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl_moe_ext.kernels.dispatch import Dispatch
+from trl_moe_ext.kernels.dropout import drop
+from trl_moe_ext.kernels.fused_parts import Frozen, Gradients, Kept
+from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm, grouped_outer
+from trl_moe_ext.kernels.lora_linear import LowRank
+
+Factors = tuple[LowRank | None, LowRank | None]
+
+
+def forward(
+    hidden: Tensor, weights: Tensor, frozen: Frozen, factors: Factors, dispatch: Dispatch, keep: bool
+) -> tuple[Tensor, Kept]:
+    """The output, and what the backward pass needs.
+
+    Args:
+        hidden: ``(T, H)`` in the dtype of the frozen weights.
+        weights: ``(T, K)`` routing weights, in their own dtype.
+        factors: of the up and the down projection; None where there is no update.
+        keep: also the first projection's output, which is computed again otherwise.
+
+    Returns:
+        ``(T, H)`` in the dtype of `hidden`, and tensors whose shapes do not depend on the routing.
+    """
+    up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
+    h, u_up = _first_projection(hidden, weights, frozen, up, None, dispatch)
+    a = frozen.gate.forward(h)
+    u_down = hidden.new_empty(0) if down is None else down.u(a)
+    kept = Kept(h if keep else hidden.new_empty(0), u_up, u_down)
+    del h
+    y = grouped_mm(a, frozen.down, dispatch.offsets)
+    del a
+    if down is not None:
+        y += down.y(u_down)
+    if frozen.down_bias is not None:
+        y += _with_zero(frozen.down_bias, y)[_experts(dispatch)]
+    if not frozen.weights_on_input:
+        y *= dispatch.rows(weights)
+    return dispatch.to_slots(y).sum(dim=1), kept
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weights: Tensor,
+    kept: Kept,
+    frozen: Frozen,
+    factors: Factors,
+    dispatch: Dispatch,
+    needs_hidden: bool,
+) -> Gradients:
+    """Every gradient from that of the output.
+
+    With the gradient g of a token, the routing weight's is ``<g, y> = <da, a> + <g, bias>``, where da is that of the
+    activation before the weight: no output is needed. On the input it is ``<dx, x>``, where dx is that of ``w x``.
+
+    Args:
+        grad: ``(T, H)`` in the dtype of `hidden`.
+        kept: from `forward`; left as it is.
+        needs_hidden: whether the gradient of `hidden` is wanted.
+
+    Returns:
+        That of `hidden` in its dtype, of `weights` in float32 or wider, of the factors in theirs.
+    """
+    offsets, w, on_output = dispatch.offsets, dispatch.rows(weights), not frozen.weights_on_input
+    up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
+    d_up = d_down = d_hidden = None
+    d_w = w.new_zeros(w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32))
+    h = kept.h if kept.h.numel() else _first_projection(hidden, weights, frozen, up, kept.up, dispatch)[0]
+
+    g = dispatch.gather(grad)
+    d_a = grouped_mm(g, frozen.down.mT, offsets)
+    if down is not None:
+        v = down.v(g)
+        d_a += down.dx(v)
+        # The weight belongs to g; on the rank-sized tensors it costs next to nothing.
+        d_B = down.dB(g, (kept.down * w).to(g.dtype) if on_output else kept.down)
+    del g
+    a = frozen.gate.forward(h)
+    if down is not None:
+        d_down = down.dA(v.mul_(w) if on_output else v, a), d_B
+    if on_output:
+        d_w += a.mul_(d_a).sum(dim=-1, dtype=d_w.dtype)
+        d_a *= w
+    del a
+
+    d_h = frozen.gate.backward(h, d_a)
+    del h, d_a
+    if up is not None:
+        v = up.v(d_h)
+        d_B = up.dB(d_h, kept.up)
+    if needs_hidden or not on_output:
+        dx = grouped_mm(d_h, frozen.up.mT, offsets)
+        del d_h
+        if up is not None:
+            dx += up.dx(v)
+        if not on_output:
+            d_w += dispatch.gather(hidden).mul_(dx).sum(dim=-1, dtype=d_w.dtype)
+            dx *= w
+        if needs_hidden:
+            d_hidden = dispatch.to_slots(dx).sum(dim=1)
+        del dx
+    if up is not None:
+        d_up = up.dA(v, _inputs(hidden, weights, frozen, dispatch)), d_B
+
+    d_weights = d_w[dispatch.position].view(weights.shape)
+    if on_output and frozen.down_bias is not None:
+        d_weights += _biases_seen(grad, frozen.down_bias, dispatch)
+    return Gradients(d_hidden, d_weights, d_up, d_down)
+
+
+class _Update:
+    """One projection's low-rank update, on all rows, in their dtype; every method is a line of these formulas.
+
+    For rows x, the gradient g of the projection's output, scaling s and dropout m, as in `lora_linear`:
+    ``u = s A (m.x)``, ``y += B u``, ``v = s B^T g``, ``dx += m.(A^T v)``, ``dA = v (m.x)^T``, ``dB = g u^T``.
+    """
+
+    def __init__(self, factors: LowRank, dispatch: Dispatch, like: Tensor) -> None:
+        self._factors, self._dispatch, self._rank = factors, dispatch, factors.A.shape[1]
+        self._A, self._B = factors.A.to(like.dtype), factors.B.to(like.dtype)
+        # Zeros in place of the ranks that the device's products need in addition change no result.
+        missing = aligned_rank(self._rank, like) - self._rank
+        if missing:
+            self._A, self._B = F.pad(self._A, (0, 0, 0, missing)), F.pad(self._B, (0, missing))
+
+    def u(self, x: Tensor) -> Tensor:
+        return grouped_mm(self._masked(x), self._A.mT, self._dispatch.offsets).mul_(self._factors.scaling)
+
+    def y(self, u: Tensor) -> Tensor:
+        return grouped_mm(u, self._B.mT, self._dispatch.offsets)
+
+    def v(self, g: Tensor) -> Tensor:
+        return grouped_mm(g, self._B, self._dispatch.offsets).mul_(self._factors.scaling)
+
+    def dx(self, v: Tensor) -> Tensor:
+        return self._masked(grouped_mm(v, self._A, self._dispatch.offsets))
+
+    def dA(self, v: Tensor, x: Tensor) -> Tensor:  # noqa: N802
+        dA = grouped_outer(v, self._masked(x), self._dispatch.offsets)
+        return dA[:, : self._rank].to(self._factors.A.dtype)
+
+    def dB(self, g: Tensor, u: Tensor) -> Tensor:  # noqa: N802
+        return grouped_outer(g, u, self._dispatch.offsets)[..., : self._rank].to(self._factors.B.dtype)
+
+    def _masked(self, rows: Tensor) -> Tensor:
+        if self._factors.seed is None:
+            return rows
+        return drop(rows, self._factors.seed, self._dispatch.order, self._factors.dropout)
+
+
+def _inputs(hidden: Tensor, weights: Tensor, frozen: Frozen, dispatch: Dispatch) -> Tensor:
+    """``(S, H)``: what the experts see."""
+    x = dispatch.gather(hidden)
+    return x.mul_(dispatch.rows(weights)) if frozen.weights_on_input else x
+
+
+def _first_projection(
+    hidden: Tensor, weights: Tensor, frozen: Frozen, up: _Update | None, u: Tensor | None, dispatch: Dispatch
+) -> tuple[Tensor, Tensor]:
+    """The output of the first projection and the rank-sized u in it, which is computed unless given."""
+    x = _inputs(hidden, weights, frozen, dispatch)
+    if u is None:
+        u = hidden.new_empty(0) if up is None else up.u(x)
+    h = grouped_mm(x, frozen.up, dispatch.offsets)
+    del x
+    if up is not None:
+        h += up.y(u)
+    if frozen.up_bias is not None:
+        h += _with_zero(frozen.up_bias, h)[_experts(dispatch)]
+    return h, u
+
+
+def _experts(dispatch: Dispatch) -> Tensor:
+    """``(S,)`` the expert of each row; E for rows of none."""
+    rows = torch.arange(dispatch.order.shape[0], dtype=dispatch.offsets.dtype, device=dispatch.order.device)
+    return torch.searchsorted(dispatch.offsets, rows, right=True)
+
+
+def _with_zero(bias: Tensor, like: Tensor) -> Tensor:
+    """``(E + 1, n)``: the biases, and that of rows of no expert."""
+    return F.pad(bias.to(like.dtype), (0, 0, 0, 1))
+
+
+def _biases_seen(grad: Tensor, bias: Tensor, dispatch: Dispatch) -> Tensor:
+    """``(T, K)``: the product of each token's gradient with the bias of each of its experts, zero for none."""
+    experts = _experts(dispatch)[dispatch.position].view(-1, dispatch.top_k)
+    return (grad @ _with_zero(bias, grad).t()).gather(1, experts)
