@@ -12,4 +12,4 @@ slow:
 	python -m pytest -m "slow or distributed"
 
 bench:
-	python -m trl_moe_ext.bench
+	trl-moe bench layer --tokens 128,512,2048

@@ -30,7 +30,8 @@ def test_every_option_reaches_the_config() -> None:
         "moe_expert_r": 3,
         "moe_expert_alpha": 1.5,
         "moe_expert_projections": "down",
-        "moe_kernel": "reference",
+        "moe_kernel": "fused",
+        "moe_save_activations": "none",
         "moe_layers_to_transform": [0, 2],
         "moe_exclude_modules": ["visual", "lm_head"],
     }
@@ -49,7 +50,8 @@ def test_every_option_reaches_the_config() -> None:
         "expert_r": 3,
         "expert_alpha": 1.5,
         "expert_projections": "down",
-        "kernel": "reference",
+        "kernel": "fused",
+        "save_activations": "none",
         "layers_to_transform": [0, 2],
         "exclude_modules": {"visual", "lm_head"},
     }

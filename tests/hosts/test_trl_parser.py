@@ -71,7 +71,8 @@ def test_yaml_and_flags_give_the_same(tmp_path: Path) -> None:
         "moe_expert_r": 2,
         "moe_expert_alpha": 3.5,
         "moe_expert_projections": "gate_up",
-        "moe_kernel": "reference",
+        "moe_kernel": "fused",
+        "moe_save_activations": "none",
         "moe_layers_to_transform": [0, 1],
         "moe_exclude_modules": ["visual", "lm_head"],
     }

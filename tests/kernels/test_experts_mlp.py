@@ -1,4 +1,4 @@
-"""The grouped kernel equals the float64 reference: output and every gradient, in every layout and dtype."""
+"""Each kernel equals the float64 reference: output and every gradient, in every layout and dtype."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ LAYOUTS = {
     "one-token": {"T": 1},
     "idle-experts": {"T": 3, "E": 40},
     "many-rows": {"T": 300, "E": 3},
+    "many-experts": {"T": 300, "E": 48},
     "sentinels": {"sentinels": True, "bias": True},
     "rank-1": {"r": 1},
     "gate-apart": {"gate_apart": True},
@@ -40,8 +41,10 @@ LAYOUTS = {
     "identity-experts": {"identity_experts": 3, "K": 4},
 }
 
+both = pytest.mark.parametrize("kernel", [experts_mlp, fused_experts_mlp], ids=lambda kernel: kernel.__name__)
 
-@pytest.mark.parametrize("kernel", [experts_mlp, fused_experts_mlp], ids=lambda kernel: kernel.__name__)
+
+@both
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_equals_the_float64_reference(layout, dtype, kernel):
@@ -98,10 +101,11 @@ def test_weights_that_are_trained_get_their_gradient():
     assert_gradient_close(up.grad, reference.grad, torch.float64, "up")
 
 
-def test_no_tensor_as_large_as_a_stack_of_experts_is_made():
+@both
+def test_no_tensor_as_large_as_a_stack_of_experts_is_made(kernel):
     """With few tokens every tensor of forward and backward is smaller than the expert weights."""
     case = make_case(T=4, E=64, H=32, I=24, r=2)
-    largest = _largest_allocation(lambda: case.run(experts_mlp))
+    largest = _largest_allocation(lambda: case.run(kernel))
     assert largest < case.weights.down.numel()
 
 
@@ -126,22 +130,24 @@ def _largest_allocation(run) -> int:
     return Watch.largest
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiles_without_a_graph_break(dtype):
+def test_compiles_without_a_graph_break(dtype, kernel):
     case = make_case(dtype=dtype, dropout=0.25)
-    compiled = torch.compile(experts_mlp, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
     out, gradients = case.run(compiled)
-    expected, expected_gradients = case.run(experts_mlp)
+    expected, expected_gradients = case.run(kernel)
     assert_output_close(out, expected, dtype)
     for name, gradient in gradients.items():
         assert_gradient_close(gradient, expected_gradients[name], dtype, name)
 
 
-def test_autocast_leaves_the_experts_in_the_dtype_of_their_weights():
+@both
+def test_autocast_leaves_the_experts_in_the_dtype_of_their_weights(kernel):
     case = make_case(dtype=torch.float32)
-    expected, expected_gradients = case.run(experts_mlp)
+    expected, expected_gradients = case.run(kernel)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, gradients = case.run(experts_mlp)
+        out, gradients = case.run(kernel)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.cases import make_case
 from tests.tolerances import assert_gradient_close
@@ -26,7 +29,10 @@ def test_the_derivative_of_a_gate_is_that_of_autograd(name):
 
 
 TAKEN = {
-    "gated": {}, "biased": {"bias": True}, "dropout": {"dropout": 0.25}, "no adapter": {"adapters": 0},
+    "gated": {},
+    "biased": {"bias": True},
+    "dropout": {"dropout": 0.25},
+    "no adapter": {"adapters": 0},
     "weights on the input": {"weights_on_input": True},
 }
 LEFT = {
@@ -72,6 +78,59 @@ def test_what_was_not_kept_is_computed_again():
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+FIRST_PROJECTIONS = {
+    "gate_up": ("gate_up", None, 1),
+    "none": ("none", None, 2),
+    # A checkpoint runs the forward twice. To compute the first projection in the backward pass too would be a third.
+    "gate_up under a checkpoint": ("gate_up", False, 2),
+    "none under a checkpoint": ("none", False, 2),
+    "none under a reentrant checkpoint": ("none", True, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("save_activations", "use_reentrant", "times"), FIRST_PROJECTIONS.values(), ids=FIRST_PROJECTIONS
+)
+def test_how_often_the_first_projection_is_computed(save_activations, use_reentrant, times, monkeypatch):
+    calls = []
+    original = fused_loop._first_projection
+    monkeypatch.setattr(fused_loop, "_first_projection", lambda *args: calls.append(args[-1].rows) or original(*args))
+    kernel = partial(fused_experts_mlp, save_activations=save_activations)
+    if use_reentrant is not None:
+        kernel = partial(checkpoint, kernel, use_reentrant=use_reentrant)
+    run_backward(make_case(), kernel)
+    assert len(calls) == times * len(set(map(str, calls)))
+
+
+def run_backward(case, kernel):
+    """As a trainer does: a reentrant checkpoint takes no `torch.autograd.grad`."""
+    hidden = case.hidden_states.requires_grad_()
+    kernel(hidden, case.top_k_index, case.top_k_weights, case.weights, case.up, case.down).sum().backward()
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("layout", [*TAKEN.values(), *LEFT.values()], ids=[*TAKEN, *LEFT])
+def test_what_is_saved_changes_no_number(layout):
+    case = make_case(**layout)
+    (out, gradients), (lean_out, lean_gradients) = (
+        case.run(partial(fused_experts_mlp, save_activations=words)) for words in ("gate_up", "none")
+    )
+    assert torch.equal(out, lean_out)
+    assert all(torch.equal(gradient, lean_gradients[name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("layout", [{}, LEFT["norm"]], ids=["fused", "two functions"])
+def test_none_saves_nothing_as_wide_as_the_first_projection(layout):
+    case = make_case(T=64, H=4, I=32, **layout)
+
+    def wide_rows(save_activations):
+        shapes = [shape for shape, _ in saved_by(case, save_activations) if len(shape) == 2]
+        return sum(shape.numel() for shape in shapes if shape[1] >= 32)
+
+    assert wide_rows("gate_up") >= 64 * 2 * 64
+    assert wide_rows("none") == 0
+
+
 def test_what_is_kept_does_not_depend_on_the_routing():
     """Non-reentrant checkpointing compares the saved tensors of forward and recompute."""
     first, second = (saved_by(make_case(seed=seed, T=9, E=40, dtype=torch.bfloat16)) for seed in (0, 1))
@@ -79,9 +138,11 @@ def test_what_is_kept_does_not_depend_on_the_routing():
     assert first
 
 
-def saved_by(case):
+def saved_by(case, save_activations="gate_up"):
+    """Shapes and dtypes of the tensors that are kept, those that a checkpoint keeps for itself left out."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t):
         hidden = case.hidden_states.requires_grad_()
-        fused_experts_mlp(hidden, case.top_k_index, case.top_k_weights, case.weights, case.up, case.down)
+        arguments = hidden, case.top_k_index, case.top_k_weights, case.weights, case.up, case.down
+        fused_experts_mlp(*arguments, save_activations=save_activations)
     return saved

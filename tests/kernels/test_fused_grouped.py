@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.kernels.cases import Case, interleaved, make_case, relu_squared
+from tests.kernels.cases import Case, interleaved, make_case, relu_squared, swiglu
 from tests.tolerances import assert_gradient_close, assert_output_close
 from trl_moe_ext.kernels import fused_grouped, fused_loop, grouped
 from trl_moe_ext.kernels.dispatch import sort_by_expert
@@ -233,7 +233,7 @@ def test_no_operator_adds_in_an_order_of_its_own(layout, native_products):
 
 
 @pytest.mark.parametrize("weights_on_input", [False, True], ids=["weights on output", "weights on input"])
-@pytest.mark.parametrize("activation", [interleaved, relu_squared], ids=lambda activation: activation.__name__)
+@pytest.mark.parametrize("activation", [swiglu, interleaved, relu_squared], ids=lambda activation: activation.__name__)
 def test_compiles_without_a_graph_break(activation, weights_on_input):
     case = make_case(activation=activation, weights_on_input=weights_on_input, bias=True, dropout=0.25, sentinels=True)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

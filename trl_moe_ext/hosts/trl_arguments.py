@@ -20,6 +20,7 @@ CONFIG_FIELDS = {
     "moe_expert_alpha": "expert_alpha",
     "moe_expert_projections": "expert_projections",
     "moe_kernel": "kernel",
+    "moe_save_activations": "save_activations",
     "moe_layers_to_transform": "layers_to_transform",
     "moe_exclude_modules": "exclude_modules",
 }
@@ -69,7 +70,16 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "moe_lora: implementation of the routed experts, one of those that `trl-moe plugins` lists; "
-            "'grouped' if not given."
+            "'fused' if not given."
+        },
+    )
+    moe_save_activations: str | None = field(
+        default=None,
+        metadata={
+            "help": "moe_lora: what routed experts keep for the backward pass: 'gate_up' (if not given), the output "
+            "of their first projection, or 'none', which computes it again: less memory, more time. No difference "
+            "with --gradient_checkpointing, which is on unless switched off.",
+            "metavar": "{gate_up,none}",
         },
     )
     moe_layers_to_transform: list[int] | None = field(

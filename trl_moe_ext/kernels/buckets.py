@@ -11,3 +11,9 @@ STEP = 16
 def rounded(rows: int) -> int:
     """The bucket that holds `rows` rows; at most ``STEP - 1`` more."""
     return next((size for size in _BUCKETS if size >= rows), -(-rows // STEP) * STEP)
+
+
+def coarsely_rounded(rows: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `rows` rows: fewer than half of them more."""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

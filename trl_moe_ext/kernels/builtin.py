@@ -13,14 +13,15 @@ from trl_moe_ext.kernels.registry import Kernel
 
 @hookimpl
 def register_kernels() -> Sequence[Kernel]:
-    """The grouped kernel, which is the default, and the loop that defines what is correct."""
+    """The fused kernel, which is the default; the form of two functions; the loop that defines what is correct."""
     return (
-        Kernel("grouped", "grouped matrix products, no merged weight and no expert weight gradient", experts_mlp),
         Kernel(
             "fused",
-            "one function for the whole MLP, on a CPU; less memory than grouped",
+            "one function for the whole MLP, no merged weight and no expert weight gradient",
             fused_experts_mlp,
+            chooses_activations=True,
         ),
+        Kernel("grouped", "a function for each projection, around the module's own activation", experts_mlp),
         Kernel(
             "reference", "one expert at a time in plain torch; slow, for checking other kernels", experts_mlp_reference
         ),

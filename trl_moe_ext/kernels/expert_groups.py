@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trl_moe_ext.kernels.buckets import rounded
+from trl_moe_ext.kernels.buckets import coarsely_rounded, rounded
 from trl_moe_ext.kernels.dispatch import Dispatch
 
-import os
 # Rows of a group: enough to make one operation of many experts, few enough to stay in the caches of a CPU.
-_ROWS = int(os.environ.get("ROWS", "768"))
+_ROWS = 512
+# Rows of an expert from which its rank-sized products are faster in bfloat16 than in float32.
+_MANY = 16
 
 
 class ExpertGroup(NamedTuple):
@@ -24,21 +25,23 @@ class ExpertGroup(NamedTuple):
 
     Attributes:
         experts: their indices.
-        index: the same, ``(G,)`` int64.
+        chosen: the same, ``(G,)`` int64.
         sizes: the rows of each that its large products take: its own, rounded up to a bucket; at most m.
         rows: where the group's ``G*m`` rows are among those of all groups.
         pairs: ``(G*m,)`` the flat (token, slot) pair ``t*K + k`` of each row; any one's for a row in excess.
         tokens: ``(G*m,)`` its token.
         is_own: ``(G*m, 1)`` bool, False for a row in excess.
+        small: the dtype of rank-sized products.
     """
 
     experts: list[int]
-    index: Tensor
+    chosen: Tensor
     sizes: list[int]
     rows: slice
     pairs: Tensor
     tokens: Tensor
     is_own: Tensor
+    small: torch.dtype
 
     def by_expert(self, rows: Tensor) -> Tensor:
         """``(G*m, n)`` to ``(G, m, n)``."""
@@ -59,28 +62,47 @@ def group_experts(dispatch: Dispatch, dtype: torch.dtype) -> list[ExpertGroup]:
     """
     own = dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)).to(torch.int64)
     first_row = dispatch.offsets - own
-    size_of = rounded if dtype == torch.bfloat16 else int
+    wide = torch.promote_types(dtype, torch.float32)
+    size_of = rounded if dtype != wide else int
     groups, start = [], 0
-    for members in _split([(size_of(n), n, expert) for expert, n in enumerate(own.tolist()) if n]):
+    for members, m in _split(sorted((size_of(n), n, expert) for expert, n in enumerate(own.tolist()) if n), dtype):
         sizes, _, experts = (list(column) for column in zip(*members, strict=True))
-        index, local = torch.tensor(experts), torch.arange(sizes[-1])
-        row = (first_row[index, None] + local).clamp_(max=len(dispatch.order) - 1).view(-1)
+        chosen, local = torch.tensor(experts), torch.arange(m)
+        row = (first_row[chosen, None] + local).clamp_(max=len(dispatch.order) - 1).view(-1)
         pairs = dispatch.order[row]
         tokens = pairs.div(dispatch.top_k, rounding_mode="floor")
-        is_own = (local < own[index, None]).view(-1, 1)
+        is_own = (local < own[chosen, None]).view(-1, 1)
         rows = slice(start, start := start + len(row))
-        groups.append(ExpertGroup(experts, index, sizes, rows, pairs, tokens, is_own))
+        small = dtype if m >= _MANY and len(experts) == _full(m) else wide
+        groups.append(ExpertGroup(experts, chosen, sizes, rows, pairs, tokens, is_own, small))
     return groups
 
 
-def _split(experts: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """(size, own rows, expert) in ascending order, as many at a time as pad little to the size of the last."""
-    group: list[tuple[int, int, int]] = []
-    for expert in sorted(experts):
-        padded, own = (len(group) + 1) * expert[0], sum(member[1] for member in group) + expert[1]
-        if group and padded > min(_ROWS, own + own // 4 + 16, 2 * own):
-            yield group
-            group = []
-        group.append(expert)
-    if group:
-        yield group
+def idle_experts(dispatch: Dispatch) -> Tensor:
+    """The indices of the experts without rows."""
+    return (dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)) == 0).nonzero().view(-1)
+
+
+def _split(
+    experts: list[tuple[int, int, int]], dtype: torch.dtype
+) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
+    """The (size, own rows, expert) of each group and its m, from the largest size down.
+
+    Args:
+        experts: in ascending order; used up.
+        dtype: of the large products.
+    """
+    while experts:
+        size = experts[-1][0]
+        m = coarsely_rounded(size) if dtype == torch.bfloat16 else size
+        group = experts[-_full(m) :]
+        # Where neighbours differ much, the largest goes alone.
+        if len(group) * m > 2 * sum(own for _, own, _ in group):
+            group = experts[-1:]
+        del experts[-len(group) :]
+        yield group, m
+
+
+def _full(m: int) -> int:
+    """Experts of m rows in a group. One number for each m, so that few shapes of batched products are compiled."""
+    return max(1, _ROWS // m)

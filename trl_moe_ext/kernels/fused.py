@@ -1,17 +1,22 @@
 """One autograd function for the whole expert MLP: up, gate, down and weighted sum, with a low-rank update of each.
 
-It takes experts with at most one active adapter, an activation with a closed form, and nothing else on the way; all
-others, and devices and compilers that it is not made for, take the form of two functions in `experts_mlp`.
+It takes experts with at most one active adapter and an activation with a closed form; all others take the form of two
+functions in `experts_mlp`. On a CPU it runs groups of experts one after the other (`fused_loop`), on other devices and
+under torch.compile all rows at once (`fused_grouped`).
 """
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from trl_moe_ext.kernels import fused_loop
+from trl_moe_ext.kernels import fused_grouped, fused_loop
+from trl_moe_ext.kernels.checkpointing import is_checkpointed
 from trl_moe_ext.kernels.dispatch import Dispatch, sort_by_expert
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates, experts_mlp, identity_weight
 from trl_moe_ext.kernels.fused_parts import Frozen, Kept
@@ -26,12 +31,23 @@ def fused_experts_mlp(
     up_updates: Updates,
     down_updates: Updates,
     gate_updates: Updates = (),
+    save_activations: str = "gate_up",
 ) -> Tensor:
-    """As `experts_mlp`, without a row for each (token, slot) pair but those that the backward pass needs."""
-    if not _is_taken(hidden_states, weights, up_updates, down_updates):
-        return experts_mlp(
-            hidden_states, top_k_index, top_k_weights, weights, up_updates, down_updates, gate_updates=gate_updates
+    """As `experts_mlp`, without a row for each (token, slot) pair but those that the backward pass needs.
+
+    Args:
+        hidden_states, top_k_index, top_k_weights, weights, up_updates, down_updates, gate_updates: see `experts_mlp`.
+        save_activations: ``gate_up`` keeps the ``(S, 2I)`` output of the first projection for the backward pass,
+            ``none`` computes it again. Under a checkpoint, which computes it again anyway, both are ``gate_up``.
+    """
+    keep = save_activations == "gate_up" or is_checkpointed()
+    if not _is_taken(weights, up_updates, down_updates):
+        two = partial(
+            experts_mlp, hidden_states, top_k_index, top_k_weights, weights, up_updates, down_updates, gate_updates
         )
+        # A seed is given to dropout, so the second run sees the same masks without a generator's help.
+        recomputed: Tensor = two() if keep else checkpoint(two, use_reentrant=False, preserve_rng_state=False)
+        return recomputed
     dispatch = sort_by_expert(top_k_index, weights.up.shape[0])
     up, down = (updates[0] if updates else None for updates in (up_updates, down_updates))
     out: Tensor = _FusedMLP.apply(  # type: ignore[no-untyped-call]
@@ -42,13 +58,14 @@ def fused_experts_mlp(
         weights,
         (up, down),
         dispatch,
+        keep,
     )
     if weights.identity_experts:
         out = out + hidden_states * identity_weight(top_k_index, top_k_weights, weights)
     return out.to(hidden_states.dtype)
 
 
-def _is_taken(hidden_states: Tensor, weights: ExpertsWeights, up_updates: Updates, down_updates: Updates) -> bool:
+def _is_taken(weights: ExpertsWeights, up_updates: Updates, down_updates: Updates) -> bool:
     frozen = (weights.up, weights.down, weights.up_bias, weights.down_bias)
     return (
         weights.closed_form is not None
@@ -56,9 +73,12 @@ def _is_taken(hidden_states: Tensor, weights: ExpertsWeights, up_updates: Update
         and weights.post_norm is None
         and max(len(up_updates), len(down_updates)) <= 1
         and not any(w is not None and w.requires_grad for w in frozen)
-        and hidden_states.device.type == "cpu"
-        and not torch.compiler.is_compiling()
     )
+
+
+def _back_end(hidden: Tensor) -> ModuleType:
+    """Loops read the number of each expert's rows, which a GPU would have to be waited for."""
+    return fused_loop if hidden.device.type == "cpu" and not torch.compiler.is_compiling() else fused_grouped
 
 
 class _FusedMLP(torch.autograd.Function):
@@ -74,17 +94,21 @@ class _FusedMLP(torch.autograd.Function):
         weights: ExpertsWeights,
         updates: tuple[LowRank | None, LowRank | None],
         dispatch: Dispatch,
+        keep: bool,
     ) -> Tensor:
         assert weights.closed_form is not None
         tensors = (weights.up, weights.down, weights.up_bias, weights.down_bias)
         frozen = Frozen(*tensors, weights.closed_form, weights.weights_on_input)
         with torch.autocast(hidden.device.type, enabled=False):
-            out, kept = fused_loop.forward(hidden, top_k_weights, frozen, updates, dispatch, keep=True)
+            back_end = _back_end(hidden)
+            result: tuple[Tensor, Kept] = back_end.forward(hidden, top_k_weights, frozen, updates, dispatch, keep)
+            out, kept = result
         # Number and shapes of the saved tensors do not depend on the routing: non-reentrant checkpointing compares
         # them, and a recompute may route otherwise.
         ctx.save_for_backward(
             hidden, top_k_weights, up_A, up_B, down_A, down_B, *tensors, *dispatch[:3], *kept
         )  # fmt: skip
+        ctx.back_end = back_end
         ctx.rest = frozen[4:], dispatch.top_k, [None if update is None else update[2:] for update in updates]
         return out.to(hidden.dtype)
 
@@ -98,7 +122,7 @@ class _FusedMLP(torch.autograd.Function):
             None if options[1] is None else LowRank(down_A, down_B, *options[1]),
         )
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = fused_loop.backward(
+            gradients = ctx.back_end.backward(
                 grad.to(hidden.dtype),
                 hidden,
                 top_k_weights,
@@ -110,4 +134,4 @@ class _FusedMLP(torch.autograd.Function):
             )
         d_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
         d_factors = (*(gradients.up or (None, None)), *(gradients.down or (None, None)))
-        return d_hidden, gradients.weights.to(top_k_weights.dtype), *d_factors, None, None, None
+        return d_hidden, gradients.weights.to(top_k_weights.dtype), *d_factors, None, None, None, None

@@ -69,7 +69,7 @@ def _halves(function: _Elementwise) -> _Form:
         gate, up = h.chunk(2, dim=-1)
         out = torch.empty_like(h)
         out_gate, out_up = out.chunk(2, dim=-1)
-        torch.mul(function.forward(gate), grad, out=out_up)
+        out_up.copy_(function.forward(gate)).mul_(grad)  # `out=` into a view does not compile
         out_gate.copy_(function.backward(grad * up, gate))
         return out
 

@@ -53,6 +53,7 @@ def test_initialisations_from_a_weight_are_refused(method):
         ({"moe_target": []}, "nothing would be trained"),
         ({"moe_target": ["attention"], "expert_r": 4}, "expert_r has no effect"),
         ({"moe_target": ["attention"], "expert_alpha": 4}, "expert_alpha has no effect"),
+        ({"save_activations": "gateup"}, "save_activations: 'gateup' is unknown.*gate_up"),
     ],
 )
 def test_values_out_of_range_and_options_without_effect_are_refused(options, message):
@@ -63,6 +64,17 @@ def test_values_out_of_range_and_options_without_effect_are_refused(options, mes
 def test_an_unknown_kernel_is_answered_with_the_known_ones():
     with pytest.raises(PluginError, match="did you mean grouped"):
         get_peft_model(build("qwen3_moe"), MoeLoraConfig(kernel="groupd"))
+
+
+def test_a_kernel_that_always_saves_is_refused_where_nothing_is_to_be_saved():
+    with pytest.raises(ConfigError, match=r"'none' has no effect with kernel 'grouped'.*use kernel 'fused'"):
+        get_peft_model(build("qwen3_moe"), MoeLoraConfig(kernel="grouped", save_activations="none"))
+
+
+def test_how_a_machine_computes_is_not_saved(tmp_path):
+    MoeLoraConfig(kernel="reference", save_activations="none").save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert (loaded.kernel, loaded.save_activations) == (MoeLoraConfig().kernel, MoeLoraConfig().save_activations)
 
 
 def test_the_config_survives_saving(tmp_path):

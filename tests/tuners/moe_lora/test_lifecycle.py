@@ -17,7 +17,7 @@ from tests.families import build, inputs, randomise_factors
 from tests.tolerances import assert_output_close, relative_error
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
-from trl_moe_ext.kernels.experts_mlp import experts_mlp
+from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
 
@@ -125,7 +125,7 @@ def test_each_adapter_keeps_its_kernel():
     model.add_adapter("second", MoeLoraConfig())
     kernels = experts_layer(model).kernels
     assert kernels["default"] is experts_mlp_reference
-    assert kernels["second"] is experts_mlp
+    assert kernels["second"].func is fused_experts_mlp
 
 
 def test_offloaded_experts_are_an_error_and_not_garbage(model):

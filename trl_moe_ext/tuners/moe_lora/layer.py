@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from trl_moe_ext.experts.layout import (
 from trl_moe_ext.experts.probe import check_reading
 from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.kernels.dropout import draw_seed
-from trl_moe_ext.kernels.experts_mlp import Updates, experts_mlp
+from trl_moe_ext.kernels.experts_mlp import Updates
+from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import host
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 
@@ -100,7 +103,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_dropout[adapter_name] = dropout
         self.lora_A[adapter_name] = ExpertFactors({p.name: (experts, r, p.in_features) for p in adapted})
         self.lora_B[adapter_name] = ExpertFactors({p.name: (experts, p.out_features, r) for p in adapted})
-        self.kernels[adapter_name] = host().lookup("register_kernels", config.kernel).experts_mlp
+        self.kernels[adapter_name] = _kernel(config)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -158,7 +161,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         return [name for name in self.active_adapters if name in self.lora_A]
 
     def _run(self, adapters: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        kernel = self.kernels[adapters[0]] if adapters else experts_mlp
+        kernel: Callable[..., Tensor] = self.kernels[adapters[0]] if adapters else fused_experts_mlp
         out = kernel(
             # Some families keep batch and sequence apart here.
             hidden_states.reshape(-1, hidden_states.shape[-1]),
@@ -254,3 +257,15 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "moe_" + super().__repr__()
+
+
+def _kernel(config: MoeLoraConfig) -> Callable[..., Tensor]:
+    kernel: Kernel = host().lookup("register_kernels", config.kernel)
+    if kernel.chooses_activations:
+        return partial(kernel.experts_mlp, save_activations=config.save_activations)
+    if config.save_activations != "gate_up":
+        raise ConfigError(
+            f"save_activations={config.save_activations!r} has no effect with kernel {config.kernel!r}, which does "
+            "not offer the choice; leave it out, or use kernel 'fused'"
+        )
+    return kernel.experts_mlp
