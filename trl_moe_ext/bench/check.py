@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from rich import box
@@ -71,24 +72,31 @@ def check_view(findings: list[Finding], device: str) -> Table:
 
 
 def _findings(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Iterator[Finding]:
-    for case in CASES:
-        yield from _of_case(kernel, case, dtype, device)
+    ways: dict[str, Callable[..., Tensor]] = {"": kernel.experts_mlp}
+    if kernel.chooses_activations:
+        ways[", nothing saved"] = partial(kernel.experts_mlp, save_activations="none")
+    for way, experts_mlp in ways.items():
+        for case in CASES:
+            for found in _of_case(kernel.name, experts_mlp, case, dtype, device):
+                yield replace(found, where=f"{found.where}{way}")
 
 
-def _of_case(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Finding]:
+def _of_case(
+    name: str, experts_mlp: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: torch.device
+) -> Iterator[Finding]:
     call = make_call(case, dtype, device)
     limits = dict(zip(("output", "gradient"), RELATIVE_ERROR[dtype], strict=True))
     expected = call.double().run(experts_mlp_reference)
     try:
-        found = call.run(kernel.experts_mlp)
+        found = call.run(experts_mlp)
     except Exception as error:  # of a kernel that anyone may have written
-        yield Finding(kernel.name, dtype, f"{case.name}: {type(error).__name__}: {error}", None, limits["output"])
+        yield Finding(name, dtype, f"{case.name}: {type(error).__name__}: {error}", None, limits["output"])
         return
-    for name, right in expected.items():
-        limit = limits.get(name, limits["gradient"])
-        what = name if name == "output" else f"gradient of {name}"
-        size, reason = _compare(found[name], right)
-        yield Finding(kernel.name, dtype, f"{what}, {case.name}{reason}", size, limit)
+    for tensor, right in expected.items():
+        limit = limits.get(tensor, limits["gradient"])
+        what = tensor if tensor == "output" else f"gradient of {tensor}"
+        size, reason = _compare(found[tensor], right)
+        yield Finding(name, dtype, f"{what}, {case.name}{reason}", size, limit)
 
 
 def _compare(found: Tensor | None, right: Tensor | None) -> tuple[float | None, str]:

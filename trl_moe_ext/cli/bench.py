@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from trl_moe_ext.cli.console import show
 from trl_moe_ext.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from trl_moe_ext.bench.plan import Request
     from trl_moe_ext.bench.results import Results
 
@@ -163,7 +162,7 @@ def _tell(results: Results, facts: dict[str, Any]) -> None:
 
     typer.echo(f"{title(results)}\n")
     for table in results_tables(results):
-        _show(table)
+        show(table, is_folded=False)  # a figure that is cut off is lost
     for note in notes(results, facts):
         typer.echo(note)
 
@@ -182,18 +181,9 @@ def _check() -> None:
 
     device = choose_device(None)
     findings = check_kernels(device)
-    _show(check_view(findings, device))
+    show(check_view(findings, device), is_folded=False)
     if not all(found.is_ok for found in findings):
         raise typer.Exit(FAILURE_EXIT_CODE)
-
-
-def _show(table: Table) -> None:
-    """Print a table in its own width, on a narrower terminal too: a figure that is cut off is lost."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    console.width = console.measure(table, options=console.options.update(max_width=100_000)).maximum
-    console.print(table)
 
 
 def _names(words: str) -> tuple[str, ...]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl_moe_ext.cli.console import show
+
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 # Not a mistake of the user, and not a failure of the command: the answer is no.
 UNREAD_EXIT_CODE = 1
@@ -46,7 +48,7 @@ def inspect(
         facts = {"model": model, **asdict(inspection), "command": shlex.join(command) if command else None}
         typer.echo(json.dumps(facts, indent=2))
     else:
-        _show(inspection_view(inspection))
+        show(inspection_view(inspection))
         typer.echo(_advice(bool(inspection.unread_experts), command, r, expert_r))
     if inspection.unread_experts:
         raise typer.Exit(UNREAD_EXIT_CODE)
@@ -87,13 +89,3 @@ def _folded(command: list[str]) -> str:
     starts = [0, *[index for index, word in enumerate(command) if word.startswith("--")][1:]]
     ends = [*starts[1:], len(command)]
     return " \\\n    ".join(shlex.join(command[start:end]) for start, end in zip(starts, ends, strict=True))
-
-
-def _show(view: RenderableType) -> None:
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        # A pipe or a file has no width: nothing is folded.
-        console.width = console.measure(view, options=console.options.update(max_width=100_000)).maximum
-    console.print(view)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trl_moe_ext.cli.console import show
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -28,8 +30,8 @@ def plugins(
     if as_json:
         typer.echo(json.dumps([{**asdict(plugin), "status": plugin.status} for plugin in found], indent=2))
         return
-    _show(_plugins_table(found))
-    _show(_records_table(found, host()))
+    show(_plugins_table(found))
+    show(_records_table(found, host()))
 
 
 def _plugins_table(found: list[Plugin]) -> Table:
@@ -60,13 +62,3 @@ def _table(*columns: str) -> Table:
         table.add_column(column, no_wrap=True)
     table.add_column(columns[-1])
     return table
-
-
-def _show(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        # A pipe or a file has no width: one line a row, whatever its length.
-        console.width = console.measure(table, options=console.options.update(max_width=100_000)).maximum
-    console.print(table)

@@ -96,9 +96,9 @@ def _split(
         size = experts[-1][0]
         m = coarsely_rounded(size) if dtype == torch.bfloat16 else size
         group = experts[-_full(m) :]
-        # Where neighbours differ much, the largest goes alone.
-        if len(group) * m > 2 * sum(own for _, own, _ in group):
-            group = experts[-1:]
+        # Where neighbours differ much, fewer go together.
+        while len(group) > 1 and len(group) * m > 2 * sum(own for _, own, _ in group):
+            group = group[len(group) // 2 :]
         del experts[-len(group) :]
         yield group, m
 
