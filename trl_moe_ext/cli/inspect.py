@@ -6,14 +6,11 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from trl_moe_ext.cli.console import show
-
-if TYPE_CHECKING:
-    pass
 
 # Not a mistake of the user, and not a failure of the command: the answer is no.
 UNREAD_EXIT_CODE = 1
