@@ -5,7 +5,7 @@ Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts; a gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,14 +58,14 @@ def group_experts(dispatch: Dispatch, dtype: torch.dtype) -> list[ExpertGroup]:
 
     Args:
         dispatch: the routing.
-        dtype: of the large products. In bfloat16 numbers of rows are rounded up, see `buckets`; otherwise not.
+        dtype: of the large products. In bfloat16 and float16 numbers of rows are rounded up, see `buckets`.
     """
     own = dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)).to(torch.int64)
     first_row = dispatch.offsets - own
     wide = torch.promote_types(dtype, torch.float32)
-    size_of = rounded if dtype != wide else int
+    size_of, m_of = (int, int) if dtype == wide else (rounded, coarsely_rounded)
     groups, start = [], 0
-    for members, m in _split(sorted((size_of(n), n, expert) for expert, n in enumerate(own.tolist()) if n), dtype):
+    for members, m in _split(sorted((size_of(n), n, expert) for expert, n in enumerate(own.tolist()) if n), m_of):
         sizes, _, experts = (list(column) for column in zip(*members, strict=True))
         chosen, local = torch.tensor(experts), torch.arange(m)
         row = (first_row[chosen, None] + local).clamp_(max=len(dispatch.order) - 1).view(-1)
@@ -84,17 +84,16 @@ def idle_experts(dispatch: Dispatch) -> Tensor:
 
 
 def _split(
-    experts: list[tuple[int, int, int]], dtype: torch.dtype
+    experts: list[tuple[int, int, int]], m_of: Callable[[int], int]
 ) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
     """The (size, own rows, expert) of each group and its m, from the largest size down.
 
     Args:
         experts: in ascending order; used up.
-        dtype: of the large products.
+        m_of: from the largest size to m.
     """
     while experts:
-        size = experts[-1][0]
-        m = coarsely_rounded(size) if dtype == torch.bfloat16 else size
+        m = m_of(experts[-1][0])
         group = experts[-_full(m) :]
         # Where neighbours differ much, fewer go together.
         while len(group) > 1 and len(group) * m > 2 * sum(own for _, own, _ in group):

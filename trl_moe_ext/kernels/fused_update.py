@@ -5,6 +5,8 @@ Legend: E experts, r rank; a group has G experts and R = G*m rows, those in exce
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,11 @@ class Update:
 
     def __init__(self, factors: LowRank) -> None:
         self._factors = factors
-        self._d_A, self._d_B = torch.empty_like(factors.A), torch.empty_like(factors.B)
+
+    @cached_property
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """In memory that is not written yet; the forward pass never asks for it."""
+        return torch.empty_like(self._factors.A), torch.empty_like(self._factors.B)
 
     def project(self, x: Tensor, group: ExpertGroup) -> Tensor:
         """``s A (m.x)``: ``(R, in)`` to ``(R, r)``."""
@@ -54,8 +60,9 @@ class Update:
         if weight is not None:
             w = group.by_expert(weight.to(group.small))
             u, v = u * w, v * w
-        self._d_A.index_copy_(0, group.chosen, torch.bmm(v.mT, self._masked(x, group)).to(self._d_A.dtype))
-        self._d_B.index_copy_(0, group.chosen, torch.bmm(grad.mT, u).to(self._d_B.dtype))
+        d_A, d_B = self._gradients
+        d_A.index_copy_(0, group.chosen, torch.bmm(v.mT, self._masked(x, group)).to(d_A.dtype))
+        d_B.index_copy_(0, group.chosen, torch.bmm(grad.mT, u).to(d_B.dtype))
 
     def gradients(self, idle: Tensor) -> tuple[Tensor, Tensor]:
         """``(E, r, in)`` and ``(E, out, r)`` in the factors' dtype, after `backward` of all groups.
@@ -63,7 +70,8 @@ class Update:
         Args:
             idle: indices of the experts that no group had; their gradients are zero.
         """
-        return self._d_A.index_fill_(0, idle, 0), self._d_B.index_fill_(0, idle, 0)
+        d_A, d_B = self._gradients
+        return d_A.index_fill_(0, idle, 0), d_B.index_fill_(0, idle, 0)
 
     def _of(self, factor: Tensor, group: ExpertGroup) -> Tensor:
         return factor.index_select(0, group.chosen).to(group.small)
