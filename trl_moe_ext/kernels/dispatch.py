@@ -26,6 +26,11 @@ class Dispatch(NamedTuple):
     top_k: int
 
     @property
+    def counts(self) -> Tensor:
+        """``(E,)`` int64, the number of each expert's rows."""
+        return self.offsets.diff(prepend=self.offsets.new_zeros(1)).to(torch.int64)
+
+    @property
     def tokens(self) -> Tensor:
         """``(S,)`` the token of each row."""
         return torch.div(self.order, self.top_k, rounding_mode="floor")

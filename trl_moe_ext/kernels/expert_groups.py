@@ -60,7 +60,7 @@ def group_experts(dispatch: Dispatch, dtype: torch.dtype) -> list[ExpertGroup]:
         dispatch: the routing.
         dtype: of the large products. In bfloat16 and float16 numbers of rows are rounded up, see `buckets`.
     """
-    own = dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)).to(torch.int64)
+    own = dispatch.counts
     first_row = dispatch.offsets - own
     wide = torch.promote_types(dtype, torch.float32)
     size_of, m_of = (int, int) if dtype == wide else (rounded, coarsely_rounded)
@@ -80,7 +80,7 @@ def group_experts(dispatch: Dispatch, dtype: torch.dtype) -> list[ExpertGroup]:
 
 def idle_experts(dispatch: Dispatch) -> Tensor:
     """The indices of the experts without rows."""
-    return (dispatch.offsets.diff(prepend=dispatch.offsets.new_zeros(1)) == 0).nonzero().view(-1)
+    return (dispatch.counts == 0).nonzero().view(-1)
 
 
 def _split(

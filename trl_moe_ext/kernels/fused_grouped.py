@@ -12,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_moe_ext.kernels.dispatch import Dispatch
-from trl_moe_ext.kernels.dropout import drop
-from trl_moe_ext.kernels.fused_parts import Frozen, Gradients, Kept
+from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Gradients, Kept
 from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm, grouped_outer
 from trl_moe_ext.kernels.lora_linear import LowRank
-
-Factors = tuple[LowRank | None, LowRank | None]
 
 
 def forward(
@@ -74,14 +71,57 @@ def backward(
     Returns:
         That of `hidden` in its dtype, of `weights` in float32 or wider, of the factors in theirs.
     """
-    offsets, w, on_output = dispatch.offsets, dispatch.rows(weights), not frozen.weights_on_input
+    on_output = not frozen.weights_on_input
     up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
-    d_up = d_down = d_hidden = None
-    d_w = w.new_zeros(w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32))
     h = kept.h if kept.h.numel() else _first_projection(hidden, weights, frozen, up, kept.up, dispatch)[0]
+    d_a, d_w, d_down = _through_down(grad, h, weights, kept, frozen, down, dispatch)
+    d_h = frozen.gate.backward(h, d_a)
+    del h, d_a
 
+    d_up = d_hidden = None
+    if up is not None:
+        v = up.v(d_h)
+        d_B = up.dB(d_h, kept.up)
+    if needs_hidden or not on_output:
+        dx = grouped_mm(d_h, frozen.up.mT, dispatch.offsets)
+        del d_h
+        if up is not None:
+            dx += up.dx(v)
+        if not on_output:
+            d_w += dispatch.gather(hidden).mul_(dx).sum(dim=-1, dtype=d_w.dtype)
+            dx *= dispatch.rows(weights)
+        if needs_hidden:
+            d_hidden = dispatch.to_slots(dx).sum(dim=1)
+        del dx
+    if up is not None:
+        d_up = up.dA(v, _inputs(hidden, weights, frozen, dispatch)), d_B
+
+    d_weights = d_w[dispatch.position].view(weights.shape)
+    if on_output and frozen.down_bias is not None:
+        d_weights += _biases_seen(grad, frozen.down_bias, dispatch)
+    return Gradients(d_hidden, d_weights, d_up, d_down)
+
+
+def _through_down(
+    grad: Tensor,
+    h: Tensor,
+    weights: Tensor,
+    kept: Kept,
+    frozen: Frozen,
+    down: _Update | None,
+    dispatch: Dispatch,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Back through the second projection.
+
+    Returns:
+        ``(S, I)``, the gradient of the activation; ``(S,)``, that of the routing weights, as far as they are on the
+        output, without that of a bias; and that of the factors.
+    """
+    w, on_output = dispatch.rows(weights), not frozen.weights_on_input
+    d_w = w.new_zeros(w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32))
+    d_down = None
     g = dispatch.gather(grad)
-    d_a = grouped_mm(g, frozen.down.mT, offsets)
+    d_a = grouped_mm(g, frozen.down.mT, dispatch.offsets)
     if down is not None:
         v = down.v(g)
         d_a += down.dx(v)
@@ -94,31 +134,7 @@ def backward(
     if on_output:
         d_w += a.mul_(d_a).sum(dim=-1, dtype=d_w.dtype)
         d_a *= w
-    del a
-
-    d_h = frozen.gate.backward(h, d_a)
-    del h, d_a
-    if up is not None:
-        v = up.v(d_h)
-        d_B = up.dB(d_h, kept.up)
-    if needs_hidden or not on_output:
-        dx = grouped_mm(d_h, frozen.up.mT, offsets)
-        del d_h
-        if up is not None:
-            dx += up.dx(v)
-        if not on_output:
-            d_w += dispatch.gather(hidden).mul_(dx).sum(dim=-1, dtype=d_w.dtype)
-            dx *= w
-        if needs_hidden:
-            d_hidden = dispatch.to_slots(dx).sum(dim=1)
-        del dx
-    if up is not None:
-        d_up = up.dA(v, _inputs(hidden, weights, frozen, dispatch)), d_B
-
-    d_weights = d_w[dispatch.position].view(weights.shape)
-    if on_output and frozen.down_bias is not None:
-        d_weights += _biases_seen(grad, frozen.down_bias, dispatch)
-    return Gradients(d_hidden, d_weights, d_up, d_down)
+    return d_a, d_w, d_down
 
 
 class _Update:
@@ -137,7 +153,9 @@ class _Update:
             self._A, self._B = F.pad(self._A, (0, 0, 0, missing)), F.pad(self._B, (0, missing))
 
     def u(self, x: Tensor) -> Tensor:
-        return grouped_mm(self._masked(x), self._A.mT, self._dispatch.offsets).mul_(self._factors.scaling)
+        return grouped_mm(self._factors.dropped(x, self._dispatch.order), self._A.mT, self._dispatch.offsets).mul_(
+            self._factors.scaling
+        )
 
     def y(self, u: Tensor) -> Tensor:
         return grouped_mm(u, self._B.mT, self._dispatch.offsets)
@@ -146,19 +164,14 @@ class _Update:
         return grouped_mm(g, self._B, self._dispatch.offsets).mul_(self._factors.scaling)
 
     def dx(self, v: Tensor) -> Tensor:
-        return self._masked(grouped_mm(v, self._A, self._dispatch.offsets))
+        return self._factors.dropped(grouped_mm(v, self._A, self._dispatch.offsets), self._dispatch.order)
 
     def dA(self, v: Tensor, x: Tensor) -> Tensor:  # noqa: N802
-        dA = grouped_outer(v, self._masked(x), self._dispatch.offsets)
+        dA = grouped_outer(v, self._factors.dropped(x, self._dispatch.order), self._dispatch.offsets)
         return dA[:, : self._rank].to(self._factors.A.dtype)
 
     def dB(self, g: Tensor, u: Tensor) -> Tensor:  # noqa: N802
         return grouped_outer(g, u, self._dispatch.offsets)[..., : self._rank].to(self._factors.B.dtype)
-
-    def _masked(self, rows: Tensor) -> Tensor:
-        if self._factors.seed is None:
-            return rows
-        return drop(rows, self._factors.seed, self._dispatch.order, self._factors.dropout)
 
 
 def _inputs(hidden: Tensor, weights: Tensor, frozen: Frozen, dispatch: Dispatch) -> Tensor:

@@ -16,11 +16,8 @@ from torch import Tensor
 from trl_moe_ext.kernels.dispatch import Dispatch
 from trl_moe_ext.kernels.expert_groups import ExpertGroup, bound_of_rows, group_experts, idle_experts
 from trl_moe_ext.kernels.expert_products import ExpertProducts
-from trl_moe_ext.kernels.fused_parts import Frozen, Gradients, Kept
+from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Gradients, Kept
 from trl_moe_ext.kernels.fused_update import Update
-from trl_moe_ext.kernels.lora_linear import LowRank
-
-Factors = tuple[LowRank | None, LowRank | None]
 
 
 def forward(

@@ -10,6 +10,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trl_moe_ext.kernels.gates import Gate
+from trl_moe_ext.kernels.lora_linear import LowRank
+
+# Of the up and the down projection; None where there is no update.
+Factors = tuple[LowRank | None, LowRank | None]
 
 
 class Frozen(NamedTuple):

@@ -10,7 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trl_moe_ext.kernels.dropout import drop
 from trl_moe_ext.kernels.expert_groups import ExpertGroup
 from trl_moe_ext.kernels.lora_linear import LowRank
 
@@ -56,7 +55,7 @@ class Update:
             if self._factors.seed is None:
                 _add_products(group.by_expert(d_x), v, A)
             else:
-                d_x += self._dropped(torch.bmm(v, A).flatten(0, 1), group).to(d_x.dtype)
+                d_x += self._factors.dropped(torch.bmm(v, A).flatten(0, 1), group.pairs).to(d_x.dtype)
         if weight is not None:
             w = group.by_expert(weight.to(group.small))
             u, v = u * w, v * w
@@ -78,11 +77,7 @@ class Update:
 
     def _masked(self, x: Tensor, group: ExpertGroup) -> Tensor:
         """What dropout leaves of the rows, ``(G, m, in)``."""
-        return group.by_expert(self._dropped(x.to(group.small), group))
-
-    def _dropped(self, x: Tensor, group: ExpertGroup) -> Tensor:
-        seed = self._factors.seed
-        return x if seed is None else drop(x, seed, group.pairs, self._factors.dropout)
+        return group.by_expert(self._factors.dropped(x.to(group.small), group.pairs))
 
 
 def _add_products(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -39,6 +39,10 @@ class LowRank(NamedTuple):
     dropout: float = 0.0
     seed: Tensor | None = None
 
+    def dropped(self, x: Tensor, pairs: Tensor) -> Tensor:
+        """``(n, in)`` rows of the (token, slot) pairs ``(n,)``: what dropout leaves of them."""
+        return x if self.seed is None else drop(x, self.seed, pairs, self.dropout)
+
 
 def lora_linear(
     x: Tensor, weight: Tensor, updates: tuple[LowRank, ...], dispatch: Dispatch, *, gather: bool = False
