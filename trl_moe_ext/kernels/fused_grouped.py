@@ -153,9 +153,7 @@ class _Update:
             self._A, self._B = F.pad(self._A, (0, 0, 0, missing)), F.pad(self._B, (0, missing))
 
     def u(self, x: Tensor) -> Tensor:
-        return grouped_mm(self._factors.dropped(x, self._dispatch.order), self._A.mT, self._dispatch.offsets).mul_(
-            self._factors.scaling
-        )
+        return grouped_mm(self._dropped(x), self._A.mT, self._dispatch.offsets).mul_(self._factors.scaling)
 
     def y(self, u: Tensor) -> Tensor:
         return grouped_mm(u, self._B.mT, self._dispatch.offsets)
@@ -164,14 +162,17 @@ class _Update:
         return grouped_mm(g, self._B, self._dispatch.offsets).mul_(self._factors.scaling)
 
     def dx(self, v: Tensor) -> Tensor:
-        return self._factors.dropped(grouped_mm(v, self._A, self._dispatch.offsets), self._dispatch.order)
+        return self._dropped(grouped_mm(v, self._A, self._dispatch.offsets))
 
     def dA(self, v: Tensor, x: Tensor) -> Tensor:  # noqa: N802
-        dA = grouped_outer(v, self._factors.dropped(x, self._dispatch.order), self._dispatch.offsets)
+        dA = grouped_outer(v, self._dropped(x), self._dispatch.offsets)
         return dA[:, : self._rank].to(self._factors.A.dtype)
 
     def dB(self, g: Tensor, u: Tensor) -> Tensor:  # noqa: N802
         return grouped_outer(g, u, self._dispatch.offsets)[..., : self._rank].to(self._factors.B.dtype)
+
+    def _dropped(self, rows: Tensor) -> Tensor:
+        return self._factors.dropped(rows, self._dispatch.order)
 
 
 def _inputs(hidden: Tensor, weights: Tensor, frozen: Frozen, dispatch: Dispatch) -> Tensor:
