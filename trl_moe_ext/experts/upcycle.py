@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trl_moe_ext.errors import ConfigError, LayoutError, near_matches
@@ -191,7 +191,8 @@ def _normal(shape: tuple[int, ...], config: Any, generator: torch.Generator) -> 
 def _logits_in_fp32(model: Any, input_ids: Tensor) -> Tensor:
     """Logits `(batch, length, vocabulary)` computed in fp32 from the model's weights, whatever their dtype."""
     if model.dtype != torch.float32:
-        model = copy.deepcopy(model).float()
+        # transformers' own `float` refuses a model from a GGUF file, though nothing of it is quantised any more.
+        model = nn.Module.float(copy.deepcopy(model))
     logits: Tensor = model(input_ids=input_ids).logits
     return logits
 

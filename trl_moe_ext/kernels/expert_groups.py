@@ -47,6 +47,10 @@ class ExpertGroup(NamedTuple):
         """``(G*m, n)`` to ``(G, m, n)``."""
         return rows.view(len(self.experts), -1, rows.shape[-1])
 
+    def expert_of_rows(self) -> Tensor:
+        """``(G*m,)`` the expert of each row."""
+        return self.chosen.repeat_interleave(len(self.pairs) // len(self.experts))
+
 
 def bound_of_rows(rows: int) -> int:
     """How many rows the groups of any routing of `rows` rows have at most."""

@@ -83,6 +83,9 @@ def backward(
     d_hidden = torch.zeros(hidden.shape, dtype=wide)
     d_weights = torch.zeros(len(dispatch.order), dtype=wide)
     is_kept, needs_x = kept.h.numel() > 0, needs_hidden or frozen.weights_on_input
+    # Of every token with every expert: one small product, where rows would need a copy of their gradients.
+    has_bias = frozen.down_bias is not None and not frozen.weights_on_input
+    through_bias = grad.to(wide) @ frozen.down_bias.to(wide).T if has_bias else None
     for group in groups:
         inside, outside = _row_weights(group, weights, frozen)
         g, x = grad.index_select(0, group.tokens), _inputs(hidden, group, inside)
@@ -93,9 +96,8 @@ def backward(
             down.backward(d_a, g, a, kept.down[group.rows], group, outside)
         if not frozen.weights_on_input:
             d_w = (d_a * a).sum(dim=-1, dtype=wide)
-            if frozen.down_bias is not None:
-                bias = frozen.down_bias[group.chosen, :, None].to(wide)
-                d_w += torch.bmm(group.by_expert(g.to(wide)), bias).view(-1)
+            if through_bias is not None:
+                d_w += through_bias[group.tokens, group.expert_of_rows()]
             _add_to_pairs(d_weights, group, d_w)
         d_h = frozen.gate.backward(h, d_a.mul_(outside))
         d_x = products.up_back(d_h, group) if needs_x else None
