@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.kernels.cases import Case, interleaved, make_case, relu_squared, swiglu
 from tests.tolerances import assert_gradient_close, assert_output_close
-from trl_moe_ext.kernels import fused_grouped, fused_loop, grouped
+from trl_moe_ext.kernels import fused, fused_grouped, fused_loop, grouped
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.fused_parts import Frozen, Kept
 from trl_moe_ext.kernels.reference import experts_mlp_reference
@@ -295,3 +295,18 @@ def _flat(case: Case):
         return Case(*tree_map_only(torch.Tensor, lambda _: next(remaining), fields))
 
     return leaves, rebuilt
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 19])
+def test_tokens_in_parts_are_the_same_as_at_once(monkeypatch, at_once):
+    """Outputs, masks of dropout and all gradients: a part must not begin the masks anew."""
+    monkeypatch.setattr(fused, "_back_end", lambda hidden: fused_grouped)
+    case = make_case(dtype=torch.float64, T=19, dropout=0.25)
+    whole, gradients = case.run(fused.fused_experts_mlp)
+    monkeypatch.setattr(fused, "_PAIRS_AT_ONCE", at_once * case.top_k_index.shape[1])
+    out, found = case.run(fused.fused_experts_mlp)
+    assert_output_close(out, whole, torch.float64)
+    for name, gradient in found.items():
+        assert_gradient_close(gradient, gradients[name], torch.float64, name)
+    expected, _ = case.run(experts_mlp_reference)
+    assert_output_close(out, expected, torch.float64)

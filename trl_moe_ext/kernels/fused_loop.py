@@ -80,15 +80,16 @@ def backward(
     groups, idle = group_experts(dispatch, hidden.dtype), idle_experts(dispatch)
     up, down = (None if f is None else Update(f) for f in factors)
     products = ExpertProducts(frozen, groups, hidden.dtype)
-    d_hidden = torch.zeros(hidden.shape, dtype=wide)
+    d_hidden = torch.zeros(hidden.shape, dtype=wide) if needs_hidden else None
     d_weights = torch.zeros(len(dispatch.order), dtype=wide)
-    is_kept, needs_x = kept.h.numel() > 0, needs_hidden or frozen.weights_on_input
+    is_kept, needs_d_x = kept.h.numel() > 0, needs_hidden or frozen.weights_on_input
     # Of every token with every expert: one small product, where rows would need a copy of their gradients.
-    has_bias = frozen.down_bias is not None and not frozen.weights_on_input
-    through_bias = grad.to(wide) @ frozen.down_bias.to(wide).T if has_bias else None
+    bias = None if frozen.weights_on_input else frozen.down_bias
+    through_bias = None if bias is None else grad.to(wide) @ bias.to(wide).T
     for group in groups:
         inside, outside = _row_weights(group, weights, frozen)
-        g, x = grad.index_select(0, group.tokens), _inputs(hidden, group, inside)
+        g = grad.index_select(0, group.tokens)
+        x = hidden[:0] if is_kept and up is None else _inputs(hidden, group, inside)  # without rows, nothing reads it
         h = kept.h[group.rows] if is_kept else _first_projection(x, kept, frozen, up, products, group)
         a = frozen.gate.forward(h)
         d_a = products.down_back(g, group)
@@ -100,7 +101,7 @@ def backward(
                 d_w += through_bias[group.tokens, group.expert_of_rows()]
             _add_to_pairs(d_weights, group, d_w)
         d_h = frozen.gate.backward(h, d_a.mul_(outside))
-        d_x = products.up_back(d_h, group) if needs_x else None
+        d_x = products.up_back(d_h, group) if needs_d_x else None
         if up is not None:
             up.backward(d_x, d_h, x, kept.up[group.rows], group, None)
         if d_x is None:
@@ -109,9 +110,10 @@ def backward(
         if inside is not None:
             _add_to_pairs(d_weights, group, (d_x * hidden.index_select(0, group.tokens)).sum(dim=-1))
             d_x *= inside
-        d_hidden.index_add_(0, group.tokens, d_x)
+        if d_hidden is not None:
+            d_hidden.index_add_(0, group.tokens, d_x)
     return Gradients(
-        d_hidden if needs_hidden else None,
+        d_hidden,
         d_weights.view(weights.shape),
         None if up is None else up.gradients(idle),
         None if down is None else down.gradients(idle),

@@ -31,6 +31,7 @@ class LowRank(NamedTuple):
         scaling: s.
         dropout: probability p of dropping an input feature of the low-rank branch.
         seed: 0-d int32 from `dropout.draw_seed`; None switches dropout off.
+        first_pair: number of the first (token, slot) pair, where a call has a part of the tokens: masks go on.
     """
 
     A: Tensor
@@ -38,10 +39,11 @@ class LowRank(NamedTuple):
     scaling: float
     dropout: float = 0.0
     seed: Tensor | None = None
+    first_pair: int = 0
 
     def dropped(self, x: Tensor, pairs: Tensor) -> Tensor:
         """``(n, in)`` rows of the (token, slot) pairs ``(n,)``: what dropout leaves of them."""
-        return x if self.seed is None else drop(x, self.seed, pairs, self.dropout)
+        return x if self.seed is None else drop(x, self.seed, pairs + self.first_pair, self.dropout)
 
 
 def lora_linear(
