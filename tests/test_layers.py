@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "trl_moe_ext"
 
 LAYERS = {
     "errors": 0,
+    "files": 0,
     "hookspecs": 0,
     "plugins": 0,
     "_autoload": 0,
@@ -18,7 +19,9 @@ LAYERS = {
     "kernels": 1,
     "experts": 2,
     "experts.census": 4,
+    "router": 2,
     "tuners": 3,
+    "sft": 4,
     "reporting": 4,
     "bench": 4,
     "hosts": 5,
@@ -29,9 +32,9 @@ LIBRARIES = {
     "pluggy": 0,
     "torch": 1,
     "transformers": 2,
+    "matplotlib": 2,
     "peft": 3,
     "rich": 4,
-    "matplotlib": 4,
     "trl": 4,
     "datasets": 4,
 }

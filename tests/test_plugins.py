@@ -19,6 +19,7 @@ from trl_moe_ext.experts.registry import ExpertsFamily
 from trl_moe_ext.hookspecs import hookimpl
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import PluginHost, PluginWarning
+from trl_moe_ext.router.losses import RouterLoss
 
 HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")]
 
@@ -101,6 +102,13 @@ def test_register_experts_families(install: Callable[..., PluginHost]) -> None:
     assert host.lookup("register_experts_families", "tomorrow") is record
 
 
+def test_register_router_losses(install: Callable[..., PluginHost]) -> None:
+    record = RouterLoss("tomorrow", "a loss of tomorrow", function=lambda routed: routed.logits.sum())
+    plug_in = with_functions(renamed(hookimpl(lambda: [record]), "register_router_losses"))
+    host = install(FakeEntryPoint("tomorrow", "tomorrow-dist", plug_in))
+    assert host.lookup("register_router_losses", "tomorrow") is record
+
+
 def test_every_hook_has_a_test_and_a_record_type() -> None:
     assert list(hookspecs.RECORD_TYPES) == HOOKS
     assert not [hook for hook in HOOKS if f"test_{hook}" not in globals()]
@@ -108,6 +116,7 @@ def test_every_hook_has_a_test_and_a_record_type() -> None:
 
 def test_the_builtins_come_through_the_hook() -> None:
     assert {"grouped", "reference"} <= set(PluginHost().records("register_kernels"))
+    assert {"load_balancing", "z_loss", "drift_kl"} <= set(PluginHost().records("register_router_losses"))
 
 
 def renamed(hook: Callable[..., object], name: str) -> Callable[..., object]:

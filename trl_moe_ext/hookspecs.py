@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from trl_moe_ext.experts.registry import ExpertsFamily
     from trl_moe_ext.kernels.registry import Kernel
+    from trl_moe_ext.router.losses import RouterLoss
 
 __all__ = ["PROJECT", "RECORD_TYPES", "hookimpl", "hookspec"]
 
@@ -26,6 +27,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 RECORD_TYPES = {
     "register_kernels": "trl_moe_ext.kernels.registry:Kernel",
     "register_experts_families": "trl_moe_ext.experts.registry:ExpertsFamily",
+    "register_router_losses": "trl_moe_ext.router.losses:RouterLoss",
 }
 
 
@@ -38,4 +40,10 @@ def register_kernels() -> Sequence[Kernel]:
 @hookspec
 def register_experts_families() -> Sequence[ExpertsFamily]:
     """Families whose experts structure alone does not tell, each an `ExpertsFamily` with a unique `name`."""
+    raise NotImplementedError("a hook specification is never called")
+
+
+@hookspec
+def register_router_losses() -> Sequence[RouterLoss]:
+    """Losses on the routing, per layer over the global batch, each a `RouterLoss` with a unique `name`."""
     raise NotImplementedError("a hook specification is never called")

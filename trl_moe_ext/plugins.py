@@ -30,6 +30,7 @@ __all__ = ["BUILTINS", "Plugin", "PluginHost", "PluginWarning", "host"]
 BUILTINS = (
     ("builtin_kernels", "trl_moe_ext.kernels.builtin"),
     ("builtin_families", "trl_moe_ext.experts.families"),
+    ("builtin_router_losses", "trl_moe_ext.router.builtin"),
 )
 
 

@@ -139,22 +139,42 @@ def _part_of_linear(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
-def _routers(modules: Mapping[str, nn.Module], found: FoundExperts) -> set[str]:
-    """Modules beside the experts that are called router or gate and hold a matrix as large as one score an expert."""
-    sizes = {name: layout.num_experts + layout.identity_experts for name, layout in found.stacks.items()}
-    sizes |= {name: len(list(modules[name].children())) for name in found.linears.values()}
+def routers_beside(modules: Mapping[str, nn.Module], sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Modules beside the experts that are called router or gate and hold a matrix as large as one score an expert.
+
+    Args:
+        modules: of a model, by name.
+        sizes: modules of experts -> how many they hold.
+
+    Returns:
+        Modules of experts -> names of the routers beside them, which may be none.
+    """
     children = defaultdict(list)
     for name in modules:
         children[name.rpartition(".")[0]].append(name)
-    routers = set(found.parts.get("router", ()))
-    for experts, num_experts in sizes.items():
-        for sibling in children[experts.rpartition(".")[0]]:
-            attribute = sibling.rpartition(".")[2]
-            if _ROUTER_NAME.search(attribute) and not _SHARED_NAME.search(attribute):
-                shapes = [p.shape for p in modules[sibling].parameters()]
-                if any(len(shape) == 2 and max(shape) >= num_experts for shape in shapes):
-                    routers.add(sibling)
-    return routers
+    return {
+        experts: [
+            sibling
+            for sibling in children[experts.rpartition(".")[0]]
+            if _is_called_router(sibling.rpartition(".")[2]) and _has_scores(modules[sibling], num_experts)
+        ]
+        for experts, num_experts in sizes.items()
+    }
+
+
+def _routers(modules: Mapping[str, nn.Module], found: FoundExperts) -> set[str]:
+    sizes = {name: layout.num_experts + layout.identity_experts for name, layout in found.stacks.items()}
+    sizes |= {name: len(list(modules[name].children())) for name in found.linears.values()}
+    return {*found.parts.get("router", ())}.union(*routers_beside(modules, sizes).values())
+
+
+def _is_called_router(attribute: str) -> bool:
+    return _ROUTER_NAME.search(attribute) is not None and not _SHARED_NAME.search(attribute)
+
+
+def _has_scores(module: nn.Module, num_experts: int) -> bool:
+    shapes = [p.shape for p in module.parameters()]
+    return any(len(shape) == 2 and max(shape) >= num_experts for shape in shapes)
 
 
 def _add_router(anatomy: Anatomy, name: str, module: nn.Module) -> None:

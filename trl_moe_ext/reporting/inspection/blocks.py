@@ -11,7 +11,8 @@ from trl_moe_ext.experts.anatomy import Anatomy
 from trl_moe_ext.experts.finding import ancestors
 from trl_moe_ext.experts.layout import ExpertsLayout
 from trl_moe_ext.reporting.inspection.layout_words import read_from, singles_in_words, stacks_in_words
-from trl_moe_ext.reporting.inspection.router import RouterKind, chosen_experts, router_kind
+from trl_moe_ext.reporting.inspection.router import RouterKind, router_kind
+from trl_moe_ext.router.top_k import experts_per_token
 
 Modules = Mapping[str, nn.Module]
 
@@ -89,7 +90,7 @@ def _block(name: str, experts: dict[str, Experts], modules: Modules, anatomy: An
     around = [modules[each] for each in ("", *ancestors(name), name) if hasattr(modules.get(each), "config")]
     config = around[-1].config if around else None
     kind = router_kind(router, modules[name], config) if router is not None else None
-    return Block(name, experts, kind, chosen_experts(router, modules[name], config))
+    return Block(name, experts, kind, experts_per_token(filter(None, (router, modules[name])), config))
 
 
 def _router(block: str, modules: Modules, anatomy: Anatomy) -> nn.Module | None:

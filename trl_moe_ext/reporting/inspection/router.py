@@ -17,9 +17,6 @@ UNKNOWN = "unknown"
 _SCORES = ("softmax", "sigmoid")
 _SCORING_NAME = re.compile(r"scor(e|ing)_func(tion)?|expert_selection_fn")
 _CORRECTION_NAME = re.compile(r"correction_bias$|expert_bias$|balancing_biases$")
-_TOP_K_NAME = re.compile(r"num_experts_per_tok(en)?|num_selected_experts|moe_top_?k|moe_k|top_?k_experts")
-# A number of experts that is part of the algorithm, as in Top1Router, and therefore no option.
-_TOP_K_CLASS = re.compile(r"Top(\d+)Router")
 
 
 @dataclass(frozen=True)
@@ -48,20 +45,6 @@ def router_kind(router: nn.Module, block: nn.Module, config: object) -> RouterKi
     tensors = [*block.named_parameters(), *block.named_buffers()]
     has_correction_bias = any(_CORRECTION_NAME.search(name) for name, _ in tensors)
     return RouterKind(type(router).__name__, _scoring(router, block, config), has_correction_bias)
-
-
-def chosen_experts(router: nn.Module | None, block: nn.Module, config: object) -> int | None:
-    """How many experts a token is sent to, or None if neither the modules nor the config say."""
-    for module in (router, block):
-        found = getattr(module, "top_k", None)
-        if isinstance(found, int):
-            return found
-    if router is None:
-        return None
-    by_name = _TOP_K_CLASS.search(type(router).__name__)
-    if by_name:
-        return int(by_name[1])
-    return next((v for n, v in vars(config).items() if _TOP_K_NAME.fullmatch(n) and isinstance(v, int)), None)
 
 
 def _scoring(router: nn.Module, block: nn.Module, config: object) -> str:

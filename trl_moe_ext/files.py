@@ -1,0 +1,20 @@
+"""Files that are whole or absent: what a killed process leaves behind can be read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 to a file beside `path`, and give it the name when it is complete.
+
+    Raises:
+        OSError: the directory is missing or cannot be written; `path` is then as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,193 @@
+"""Find the routers of a model, whatever family it is of and whatever adapters are attached.
+
+Each module of routed experts has a router. It is what transformers declares (`declared`), or what stands beside the
+experts, is called router or gate and has a score for each of them (`experts.anatomy`). What is neither is an error,
+but for two kinds of layers, which `routers_left_out` lists:
+
+- hash layers, as the first of DeepSeek-V4, where a table picks the experts by the token's id;
+- blocks that are called with the choice, as those of ViTPose, where the data set picks the expert.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from trl_moe_ext.errors import LayoutError
+from trl_moe_ext.experts.anatomy import routers_beside
+from trl_moe_ext.experts.finding import FoundExperts, ancestors, find_experts
+from trl_moe_ext.router.declared import declared_routers
+from trl_moe_ext.router.labels import short_labels
+from trl_moe_ext.router.places import Place, read_places, running
+from trl_moe_ext.router.top_k import experts_per_token
+
+__all__ = ["BY_CALLER", "BY_TOKEN_ID", "Router", "find_routers", "routers_left_out"]
+
+BY_TOKEN_ID = "the token's id and not a learned router picks its experts"
+BY_CALLER = "the block is called with the choice of experts"
+
+# What can be done about a model whose routing cannot be read.
+ADVICE = "Switch router losses and metrics off for this model, or report its family"
+
+_CHOICE_NAME = re.compile(r"ind(ex|ices)|selected|chosen")
+
+
+@dataclass(frozen=True)
+class Router:
+    """One router of a model.
+
+    Attributes:
+        name: of its module in the model without adapters, such as ``model.layers.3.mlp.gate``.
+        module: what the block calls there, and what is therefore observed: the router itself, or the wrapper that an
+            adapter put in its place.
+        num_experts: E, the width of its logits. It counts identity experts, and a class that stands for no expert.
+        top_k: K, how many experts it picks for a token.
+        experts: name of the module of experts that it routes to; the first, if it routes to several.
+        label: short and unique in the model: the number of the layer, and more where that is not unique.
+        logits_at: position of the logits in its output, as transformers declares it; None if it does not.
+        experts_module: what the block calls in the place of the experts.
+        skip_class: the logit that stands for no expert, or None.
+    """
+
+    name: str
+    module: nn.Module
+    num_experts: int
+    top_k: int
+    experts: str
+    label: str
+    logits_at: int | None = None
+    experts_module: nn.Module | None = None
+    skip_class: int | None = None
+
+    @property
+    def own(self) -> nn.Module:
+        """The family's own module that runs now, inside the wrappers of an adapter: it holds weights and biases."""
+        return running(self.module)
+
+
+def find_routers(model: nn.Module) -> list[Router]:
+    """The routers of a model in the order of its layers; none for a dense model.
+
+    Adapters that are attached later put other modules in their places: find the routers again then.
+
+    Args:
+        model: with or without adapters.
+
+    Raises:
+        LayoutError: a module of routed experts has no router that can be told, or not just one.
+    """
+    return _Survey(model).routers()
+
+
+def routers_left_out(model: nn.Module) -> dict[str, str]:
+    """Modules of routed experts without a router of their own -> the reason, `BY_TOKEN_ID` or `BY_CALLER`."""
+    survey = _Survey(model)
+    survey.routers()
+    return survey.left_out
+
+
+class _Survey:
+    """One walk through a model: from its modules of experts to their routers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places: dict[str, Place] = read_places(model)
+        self.modules = {name: place.module for name, place in self.places.items()}
+        self.declared = declared_routers(self.modules)
+        self.sizes = _sizes(self.modules, find_experts({n: m for n, m in self.modules.items() if n}))
+        self.beside = routers_beside(self.modules, self.sizes)
+        self.left_out: dict[str, str] = {}
+
+    def routers(self) -> list[Router]:
+        experts_of: dict[str, str] = {}  # router -> experts
+        for experts in (name for name in self.modules if name in self.sizes):
+            router = self._router_of(experts)
+            if router is not None:
+                experts_of.setdefault(router, experts)
+        self._check_declared(experts_of)
+        # One that stands in several places is seen once each time it is called, whatever its name.
+        unique = {id(self.places[router].called): router for router in reversed(experts_of)}
+        names = [router for router in experts_of if unique[id(self.places[router].called)] == router]
+        labels = short_labels(names)
+        return [self._read(router, experts_of[router], labels[router]) for router in names]
+
+    def _router_of(self, experts: str) -> str | None:
+        block = experts.rpartition(".")[0]
+        if experts in self.declared:  # the experts are not a module of their own, but parts of the block
+            return experts
+        declared = [name for name in self.declared if name.rpartition(".")[0] == block]
+        found = declared or self.beside[experts]
+        reason = self._reason(block, found)
+        if reason is not None:
+            self.left_out[experts] = reason
+            return None
+        if len(found) != 1:
+            there = ", ".join(f"{name} ({type(self.modules[name]).__name__})" for name in found) or "none"
+            raise LayoutError(f"one router should stand beside the experts {experts!r}; found {there}. {ADVICE}")
+        return found[0]
+
+    def _reason(self, block: str, found: list[str]) -> str | None:
+        """Why the experts of a block have no router, if they have none by design."""
+        if found and all("input_ids" in _arguments(self.modules[name]) for name in found):
+            return BY_TOKEN_ID
+        takes_choice = any(_CHOICE_NAME.search(name) for name in _arguments(self.modules[block]))
+        return BY_CALLER if not found and takes_choice else None
+
+    def _check_declared(self, routers: Mapping[str, str]) -> None:
+        """Each declared module is a router, or holds one whose logits it passes on."""
+        around = {*routers}.union(*(ancestors(name) for name in routers))
+        unmatched = [name for name in self.declared if name not in around]
+        if unmatched:
+            raise LayoutError(
+                f"transformers records the router logits of {unmatched[0]!r}, but no routed experts were found beside "
+                f"it. {ADVICE}"
+            )
+
+    def _read(self, name: str, experts: str, label: str) -> Router:
+        router = self.modules[name]
+        num_experts = self.sizes[experts]
+        # Some routers have one logit more than there are experts, for tokens that skip them.
+        classes = getattr(router, "num_router_classes", num_experts)
+        return Router(
+            name=name,
+            module=self.places[name].called,
+            num_experts=classes,
+            top_k=self._top_k(name),
+            experts=experts,
+            label=label,
+            logits_at=self.declared.get(name),
+            experts_module=self.places[experts].called if experts != name else None,
+            skip_class=num_experts if classes == num_experts + 1 else None,
+        )
+
+    def _top_k(self, name: str) -> int:
+        around = [self.modules[outer] for outer in ("", *ancestors(name))][::-1]
+        router, block = self.modules[name], around[0]
+        config = next((module.config for module in (router, *around) if hasattr(module, "config")), None)
+        found = experts_per_token((router, block), config)
+        if found is None:
+            raise LayoutError(
+                f"how many experts {name!r} ({type(router).__name__}) picks for a token is not known: neither it nor "
+                f"its block has a top_k, nor its config a num_experts_per_tok. {ADVICE}"
+            )
+        return found
+
+
+def _sizes(modules: Mapping[str, nn.Module], found: FoundExperts) -> dict[str, int]:
+    """Modules of routed experts -> how many they hold, of all modalities."""
+    stacks = {**found.stacks, **found.other_modality}
+    sizes = {name: layout.num_experts + layout.identity_experts for name, layout in stacks.items()}
+    for name in (*dict.fromkeys(found.linears.values()), *found.unread):
+        module = modules[name]
+        size = getattr(module, "num_experts", None)
+        if not isinstance(size, int) and name in found.unread:
+            raise LayoutError(f"how many experts {name!r} ({type(module).__name__}) holds is not known. {ADVICE}")
+        sizes[name] = size if isinstance(size, int) else len(list(module.children()))
+    return sizes
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
