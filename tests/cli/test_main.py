@@ -33,7 +33,7 @@ def test_version() -> None:
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("ask", "inspect", "plugins", "upcycle"):
+    for command in ("ask", "inspect", "plugins", "report", "upcycle"):
         assert command in result.output
 
 

@@ -12,6 +12,7 @@ from trl_moe_ext.cli.ask import ask
 from trl_moe_ext.cli.bench import bench
 from trl_moe_ext.cli.inspect import inspect
 from trl_moe_ext.cli.plugins import plugins
+from trl_moe_ext.cli.report import report
 from trl_moe_ext.cli.upcycle import upcycle
 from trl_moe_ext.errors import MoeExtError
 
@@ -45,6 +46,7 @@ app.command()(ask)
 app.add_typer(bench)
 app.command()(inspect)
 app.command()(plugins)
+app.command()(report)
 app.command()(upcycle)
 
 

@@ -1,4 +1,4 @@
-"""The summary of a run: a table before the first step, the loss curve and the adapter's place after the last."""
+"""The summary of a run: a table before the first step, a record meanwhile, the curve and the adapter's place after."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_moe_ext.reporting.adapted import adapted_table
 from trl_moe_ext.reporting.loss_curve import save_loss_curve
+from trl_moe_ext.reporting.run_recorder import RunRecorder
 
 
 class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
-    """Prints on the main process only. The last word comes when the script ends, after it has saved the adapter."""
+    """Prints and writes on the main process only; ``trl-moe report`` reads what it has written.
+
+    The last word comes when the script ends, after it has saved the adapter.
+    """
 
     def __init__(self) -> None:
+        self.recorder: RunRecorder | None = None
         # soft_wrap: a path must stay copyable, also where the output is no terminal.
         self.console = Console(soft_wrap=True)
 
@@ -29,6 +34,17 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
         """Show what will be trained before time is spent on it."""
         if state.is_world_process_zero:
             self.console.print(adapted_table(model))
+            self.recorder = RunRecorder(args, state, model)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the record of the run up to date."""
+        if self.recorder is not None:
+            self.recorder.on_log(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the record beside the checkpoint, from which the run may go on."""
+        if self.recorder is not None:
+            self.recorder.on_save(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -38,6 +54,8 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
             return
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        if self.recorder is not None:
+            self.recorder.on_train_end(state)
         curve = output_dir / "loss_curve.png"
         has_curve = save_loss_curve(state.log_history, curve)
         table = adapted_table(model)
@@ -56,7 +74,10 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
             self.console.print(f"The adapter was not saved to {output_dir}: the script ended before.", style="red")
             return
         self.console.print(f"Adapter:    {output_dir / SAFETENSORS_WEIGHTS_NAME}")
-        self.console.print(f"Next:       trl-moe ask {shlex.quote(str(output_dir))} 'your question'")
+        place = shlex.quote(str(output_dir))
+        self.console.print(f"Next:       trl-moe ask {place} 'your question'")
+        if self.recorder is not None:
+            self.console.print(f"            trl-moe report {place}")
 
 
 def _saved_at(output_dir: Path) -> float | None:
