@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from trl_moe_ext._version import __version__
 
 if TYPE_CHECKING:
+    from trl_moe_ext.sft import MoeSFTConfig, MoeSFTTrainer
     from trl_moe_ext.tuners.moe_lora import MoeLoraConfig, MoeLoraModel
 
-__all__ = ["MoeLoraConfig", "MoeLoraModel", "__version__"]
+__all__ = ["MoeLoraConfig", "MoeLoraModel", "MoeSFTConfig", "MoeSFTTrainer", "__version__"]
 
 _HOME = {
     "MoeLoraConfig": "trl_moe_ext.tuners.moe_lora",
     "MoeLoraModel": "trl_moe_ext.tuners.moe_lora",
+    "MoeSFTConfig": "trl_moe_ext.sft",
+    "MoeSFTTrainer": "trl_moe_ext.sft",
 }
 
 

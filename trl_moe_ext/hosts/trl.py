@@ -16,7 +16,7 @@ from typing import Any
 from trl_moe_ext.errors import HostVersionError
 from trl_moe_ext.hosts.seams import find_seam, missing_seam
 
-__all__ = ["add_run_summary", "install_parser", "install_peft_config", "training_script"]
+__all__ = ["add_run_summary", "install_parser", "install_peft_config", "training_script", "use_moe_sft_trainer"]
 
 
 def install_parser() -> None:
@@ -110,6 +110,20 @@ def add_run_summary() -> None:
         return
     if RunSummaryCallback not in callbacks:
         callbacks.append(RunSummaryCallback)
+
+
+def use_moe_sft_trainer() -> None:
+    """Called after a parse that asked for moe_lora: the script `sft` will build a `MoeSFTTrainer`.
+
+    Only in the process of that script, which takes the name from `trl` when it needs it; nobody's own Python session
+    gets another trainer than it asked for.
+    """
+    if training_script() == "sft":
+        find_seam("trl:SFTTrainer")
+        from trl_moe_ext.sft.trainer import MoeSFTTrainer
+
+        # Into the dictionary: trl is a lazy module, whose own attribute is looked up only where there is none.
+        sys.modules["trl"].__dict__["SFTTrainer"] = MoeSFTTrainer
 
 
 def training_script() -> str | None:

@@ -1,4 +1,4 @@
-"""The `TrlParser` that knows `--peft_type` and `--moe_*`, and complains about them in one line."""
+"""The `TrlParser` that knows `--peft_type`, `--moe_*` and `--router_*`, and complains about them in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trl.trainer.model_config import ModelConfig
 
 from trl_moe_ext.errors import MoeExtError, near_matches
 from trl_moe_ext.hosts import trl as host
+from trl_moe_ext.hosts import trl_sft_options as sft_options
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
 from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
 
@@ -19,25 +20,29 @@ __all__ = ["MoeTrlParser"]
 
 _OPTIONS = ("peft_type", *CONFIG_FIELDS)
 # How argparse begins what it says about one of our options.
-_ABOUT_US = re.compile(r"(argument|ambiguous option:) --(peft|moe)[_-]")
+_ABOUT_US = re.compile(r"(argument|ambiguous option:) --(peft|moe|router)[_-]")
+_OUR_PREFIXES = ("peft_", "moe_", "router_")
 
 
 class MoeTrlParser(TrlParser):  # type: ignore[misc]
     """`TrlParser(...)` returns one whenever `ModelConfig` is among its dataclasses, see `hosts.trl.install_parser`.
 
-    Arguments without `peft_type`, or with ``lora``, come back as a plain `ModelConfig`: TRL goes on as if we were not
-    installed. A mistake in our options ends the process as argparse does, but without the text of all the options.
+    Arguments without `peft_type`, or with ``lora``, come back as a plain `ModelConfig` and `SFTConfig`: TRL goes on as
+    if we were not installed. A mistake in our options ends the process as argparse does, but without the text of all
+    the options.
     """
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         types = list(dataclass_types) if isinstance(dataclass_types, Iterable) else [dataclass_types]
-        super().__init__([MoeModelConfig if kind is ModelConfig else kind for kind in types], **kwargs)
+        self._sft = sft_options.SftOptions(types)
+        super().__init__([MoeModelConfig if kind is ModelConfig else kind for kind in self._sft.ours], **kwargs)
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         try:
             outputs = tuple(map(_settle, super().parse_args_into_dataclasses(*args, **kwargs)))
             if any(isinstance(output, MoeModelConfig) for output in outputs):
                 host.add_run_summary()
+                host.use_moe_sft_trainer()
         except MoeExtError as error:
             self._refuse(str(error))
         return outputs
@@ -48,6 +53,11 @@ class MoeTrlParser(TrlParser):  # type: ignore[misc]
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, extras = super().parse_known_args(*args, **kwargs)
         self._refuse_unknown(extras)
+        # From here on the dataclasses are made of what stands in the namespace.
+        try:
+            self.dataclass_types = self._sft.settle(namespace, self.dataclass_types)
+        except MoeExtError as error:
+            self._refuse(str(error))
         return namespace, extras
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
@@ -64,8 +74,8 @@ class MoeTrlParser(TrlParser):  # type: ignore[misc]
         """TRL hands options that it does not know to accelerate, and the script leaves unknown YAML keys alone."""
         for option in remaining:
             name = option.partition("=")[0].removeprefix("--").replace("-", "_")
-            if option.startswith("--") and name.startswith(("peft_", "moe_")):
-                self._refuse(f"--{name} is unknown; {near_matches(name, _OPTIONS)}")
+            if option.startswith("--") and name.startswith(_OUR_PREFIXES):
+                self._refuse(f"--{name} is unknown; {near_matches(name, (*_OPTIONS, *self._sft.names))}")
 
     def _refuse(self, message: str) -> NoReturn:
         script = host.training_script()

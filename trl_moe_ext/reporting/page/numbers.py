@@ -15,10 +15,11 @@ def figure(value: float) -> str:
     return f"{value:.{2 - math.floor(math.log10(rounded))}f}"
 
 
-def scientific(value: float) -> str:
-    """Two digits: ``0``, ``5e-5``, ``1.5e-4``."""
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
+def scientific(value: float, decimals: int = 1) -> str:
+    """As many decimals as asked for, without zeros at their end: ``0``, ``5e-5``, ``1.5e-4``."""
+    mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
+    mantissa = mantissa.rstrip("0").removesuffix(".") if "." in mantissa else mantissa
+    return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
 def size(number: int, unit: str = "") -> str:

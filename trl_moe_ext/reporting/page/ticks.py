@@ -41,8 +41,11 @@ def ticks(low: float, high: float, at_most: int = 5) -> list[tuple[float, str]]:
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     values = [index * step for index in range(first, last + 1)]
-    is_small = digits >= 4 and max(abs(low), abs(high)) < 0.01
-    return [(value, scientific(value) if is_small else f"{value:,.{digits}f}") for value in values]
+    largest = max(abs(low), abs(high))
+    if digits < 4 or largest >= 0.01:
+        return [(value, f"{value:,.{digits}f}") for value in values]
+    decimals = max(1, digits + math.floor(math.log10(largest)))  # of the largest, so that neighbours differ
+    return [(value, scientific(value, decimals)) for value in values]
 
 
 def step_ticks(first: int, last: int) -> list[tuple[float, str]]:
