@@ -19,7 +19,7 @@ def axis_range(low: float, high: float, is_from_zero: bool | None = None) -> tup
         is_from_zero = low >= 0 and low < 0.5 * high
     if is_from_zero and low >= 0:
         low = 0.0
-    if high - low <= 1e-6 * abs(high):
+    if high - low <= max(1e-6 * abs(high), 1e-300):
         margin = abs(high) * 0.1 or 1.0
         low, high = low - margin * (low != 0), high + margin
     for _ in range(3):  # a wider axis may have a wider step, on which its ends are to be
