@@ -74,7 +74,7 @@ def test_a_directory_without_a_run_says_what_it_holds_and_how_to_get_one(tmp_pat
     assert f"{tmp_path} has no moe_run.json" in message
     assert (", ".join(files) if files else "is empty") in message
     assert "--peft_type moe_lora" in message
-    assert "RunSummaryCallback" in message
+    assert "RunRecordCallback" in message
 
 
 def test_checkpoints_without_a_record_are_named(tmp_path: Path) -> None:

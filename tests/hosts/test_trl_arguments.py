@@ -34,6 +34,8 @@ def test_every_option_reaches_the_config() -> None:
         "moe_save_activations": "none",
         "moe_layers_to_transform": [0, 2],
         "moe_exclude_modules": ["visual", "lm_head"],
+        "moe_router_bias": True,
+        "router_mode": "lora",
     }
     assert set(CONFIG_FIELDS) <= set(given)
     config = config_of(**given)
@@ -54,6 +56,8 @@ def test_every_option_reaches_the_config() -> None:
         "save_activations": "none",
         "layers_to_transform": [0, 2],
         "exclude_modules": {"visual", "lm_head"},
+        "router_bias": True,
+        "router_mode": "lora",
     }
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -92,6 +96,12 @@ def test_a_single_value_is_a_list_of_one() -> None:
     assert (arguments.moe_target, arguments.moe_layers_to_transform) == (["experts"], [1])
 
 
+def test_no_bias_is_the_same_as_not_asking_for_one() -> None:
+    """As a YAML file may say it, with stock LoRA too."""
+    assert MoeModelConfig(moe_router_bias=False).as_stock() == ModelConfig()
+    assert not config_of(moe_router_bias=False).router_bias
+
+
 def test_as_stock_keeps_all_that_trl_knows() -> None:
     stock = MoeModelConfig(lora_r=3, lora_target_modules=["q"], use_peft=True).as_stock()
     assert type(stock) is ModelConfig
@@ -103,6 +113,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "moe_lra"}, "moe_lra is unknown; did you mean moe_lora"),
     ({"peft_type": 3}, "3 is unknown; known: lora, moe_lora"),
     ({"moe_expert_r": 4}, "--moe_expert_r: no effect, because --peft_type is not given; .* leave it out"),
+    ({"moe_expert_r": 0}, "--moe_expert_r: no effect"),
     ({"use_peft": True, "moe_target": ["experts"]}, "--moe_target: no effect, because --peft_type is not given"),
     (
         {"peft_type": "lora", "moe_expert_r": 4, "moe_kernel": "grouped"},
@@ -120,7 +131,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "moe_lora", "moe_layers_to_transform": [0, -1]}, "layer indices from 0"),
     ({"peft_type": "moe_lora", "moe_target": []}, r"--moe_target is \[\]; use one or more names"),
     ({"peft_type": "moe_lora", "moe_exclude_modules": [1]}, r"--moe_exclude_modules is \[1\]"),
+    ({"router_mode": "full"}, "--router_mode: no effect, because --peft_type is not given; .* leave it out"),
+    (
+        {"peft_type": "lora", "moe_router_bias": True, "router_mode": "lora"},
+        "--moe_router_bias, --router_mode: no effect, because --peft_type is lora; .* leave them out",
+    ),
     # What only the config or the plug-ins can tell.
+    ({"peft_type": "moe_lora", "router_mode": "ful"}, "router_mode: 'ful' is unknown; did you mean full"),
+    (
+        {"peft_type": "moe_lora", "router_mode": "full", "moe_target": ["experts", "router"]},
+        "router_mode='full' contradicts 'router' in moe_target, .* use router_mode='lora'",
+    ),
+    (
+        {"peft_type": "moe_lora", "moe_router_bias": True, "moe_target": ["attention"]},
+        "router_bias has no effect: .* add 'experts' to moe_target",
+    ),
     ({"peft_type": "moe_lora", "moe_target": ["expert"]}, "'expert' is unknown; did you mean experts"),
     ({"peft_type": "moe_lora", "moe_expert_projections": "up"}, "expert_projections: 'up' is unknown"),
     ({"peft_type": "moe_lora", "moe_kernel": "group"}, "--moe_kernel group is unknown: .*grouped"),

@@ -75,6 +75,8 @@ def test_yaml_and_flags_give_the_same(tmp_path: Path) -> None:
         "moe_save_activations": "none",
         "moe_layers_to_transform": [0, 1],
         "moe_exclude_modules": ["visual", "lm_head"],
+        "moe_router_bias": True,
+        "router_mode": "lora",
     }
     assert set(OPTIONS) <= set(settings)
     words = []

@@ -14,6 +14,7 @@ from trl.scripts import sft
 from tests.hosts.processes import run, run_python
 from trl_moe_ext.hosts.trl import add_run_summary, training_script
 from trl_moe_ext.reporting.callback import RunSummaryCallback
+from trl_moe_ext.reporting.record_callback import RunRecordCallback
 
 TRL = str(Path(sys.executable).with_name("trl"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
@@ -56,6 +57,7 @@ def test_torchrun(tmp_path: Path) -> None:
 ALL_SCRIPTS = """
 import runpy, sys, transformers.trainer
 from trl_moe_ext.reporting.callback import RunSummaryCallback
+from trl_moe_ext.reporting.record_callback import RunRecordCallback
 stock = list(transformers.trainer.DEFAULT_CALLBACKS)
 def run(command, *arguments):
     sys.argv = [command, "--use_cpu", "--output_dir", "out", *arguments]
@@ -68,9 +70,9 @@ def run(command, *arguments):
     return transformers.trainer.DEFAULT_CALLBACKS
 for command in ["distillation", "dpo", "grpo", "kto", "reward", "rloo", "sft"]:
     assert run(command, "--use_peft") == run(command, "--peft_type", "lora") == stock, command
-    assert run(command, "--peft_type", "moe_lora") == [*stock, RunSummaryCallback], command
-    assert run(command, "--peft_type", "moe_lora") == [*stock, RunSummaryCallback], command
-    transformers.trainer.DEFAULT_CALLBACKS.pop()
+    assert run(command, "--peft_type", "moe_lora") == [*stock, RunRecordCallback, RunSummaryCallback], command
+    assert run(command, "--peft_type", "moe_lora") == [*stock, RunRecordCallback, RunSummaryCallback], command
+    del transformers.trainer.DEFAULT_CALLBACKS[-2:]
 """
 
 
@@ -94,7 +96,7 @@ def test_the_trainer_of_a_script_has_the_summary(
     assert training_script() == "sft"
     add_run_summary()
     add_run_summary()
-    assert default_callbacks.count(RunSummaryCallback) == 1
+    assert default_callbacks.count(RunSummaryCallback) == default_callbacks.count(RunRecordCallback) == 1
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = transformers.Trainer(nn.Linear(2, 2), arguments)
     assert [type(callback) for callback in trainer.callback_handler.callbacks].count(RunSummaryCallback) == 1

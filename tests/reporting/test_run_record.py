@@ -18,7 +18,7 @@ from tests.families import build
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.reporting.adapted import adapted_parts
-from trl_moe_ext.reporting.callback import RunSummaryCallback
+from trl_moe_ext.reporting.record_callback import RunRecordCallback
 from trl_moe_ext.reporting.run_record import RECORD_FILE, Mark, RunRecord, Session, TrainedPart
 from trl_moe_ext.reporting.run_recorder import RunRecorder
 
@@ -263,7 +263,7 @@ def test_it_holds_what_matters_and_no_secret(tmp_path, model, clock):
 
 
 def test_other_processes_write_nothing(tmp_path, model):
-    callback, state = RunSummaryCallback(), TrainerState(is_world_process_zero=False)
+    callback, state = RunRecordCallback(), TrainerState(is_world_process_zero=False)
     args = SimpleNamespace(output_dir=str(tmp_path))
     callback.on_train_begin(args, state, None, model=model)
     for event in (callback.on_log, callback.on_save):
@@ -302,7 +302,7 @@ def test_a_real_run_that_is_killed_and_goes_on(tmp_path, monkeypatch):
             ),
             train_dataset=load_dataset(str(QUICKSTART / "data"), split="train[:16]"),
             peft_config=MoeLoraConfig(r=2),
-            callbacks=[RunSummaryCallback(), *callbacks],
+            callbacks=[RunRecordCallback(), *callbacks],
         )
 
     with pytest.raises(KilledError):

@@ -100,6 +100,7 @@ def add_run_summary() -> None:
     if training_script() is None:
         return
     from trl_moe_ext.reporting.callback import RunSummaryCallback
+    from trl_moe_ext.reporting.record_callback import RunRecordCallback
 
     try:
         callbacks = find_seam("transformers.trainer:DEFAULT_CALLBACKS")
@@ -108,8 +109,7 @@ def add_run_summary() -> None:
     except HostVersionError as error:
         warnings.warn(f"{error} The run goes on without a summary at its end.", RuntimeWarning, stacklevel=2)
         return
-    if RunSummaryCallback not in callbacks:
-        callbacks.append(RunSummaryCallback)
+    callbacks += [callback for callback in (RunRecordCallback, RunSummaryCallback) if callback not in callbacks]
 
 
 def use_moe_sft_trainer() -> None:

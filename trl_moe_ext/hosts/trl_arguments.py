@@ -1,4 +1,4 @@
-"""The options `--peft_type` and `--moe_*`: TRL's `ModelConfig` with our fields."""
+"""The options `--peft_type`, `--moe_*` and `--router_mode`: TRL's `ModelConfig` with our fields."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ CONFIG_FIELDS = {
     "moe_save_activations": "save_activations",
     "moe_layers_to_transform": "layers_to_transform",
     "moe_exclude_modules": "exclude_modules",
+    "moe_router_bias": "router_bias",
+    "router_mode": "router_mode",
 }
 
 
@@ -90,6 +92,21 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
         default=None,
         metadata={"help": "moe_lora: names of modules that stay frozen, or one regular expression for full names."},
     )
+    moe_router_bias: bool = field(
+        default=False,
+        metadata={
+            "help": "moe_lora: give each expert a bias that takes part in the choice of experts and in nothing else. "
+            "`trl sft` moves it towards equal load with --router_bias_update_rate; it is saved with the adapter."
+        },
+    )
+    router_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "moe_lora: whether the router is trained: 'frozen' (if not given), 'lora', the same as 'router' "
+            "in --moe_target, or 'full', a copy of every router, saved with the adapter.",
+            "metavar": "{frozen,lora,full}",
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +126,8 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
         return ModelConfig(**{option.name: getattr(self, option.name) for option in fields(ModelConfig)})
 
     def _check_use(self) -> None:
-        given = [f"--{name}" for name in CONFIG_FIELDS if getattr(self, name) is not None]
+        # A flag that is off asks for nothing; a zero does.
+        given = [f"--{n}" for n in CONFIG_FIELDS if getattr(self, n) is not None and getattr(self, n) is not False]
         if given and self.peft_type != "moe_lora":
             found = f"--peft_type is {self.peft_type}" if self.peft_type else "--peft_type is not given"
             raise ConfigError(

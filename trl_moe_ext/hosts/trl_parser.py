@@ -35,6 +35,7 @@ class MoeTrlParser(TrlParser):  # type: ignore[misc]
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         types = list(dataclass_types) if isinstance(dataclass_types, Iterable) else [dataclass_types]
         self._sft = sft_options.SftOptions(types)
+        self.dataclass_types: list[Any]
         super().__init__([MoeModelConfig if kind is ModelConfig else kind for kind in self._sft.ours], **kwargs)
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -47,8 +48,9 @@ class MoeTrlParser(TrlParser):  # type: ignore[misc]
             self._refuse(str(error))
         return outputs
 
-    def parse_dict(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        return tuple(map(_settle, super().parse_dict(*args, **kwargs)))
+    def parse_dict(self, args: dict[str, Any], *others: Any, **kwargs: Any) -> tuple[Any, ...]:
+        self.dataclass_types = self._sft.settle(argparse.Namespace(**args), self.dataclass_types)
+        return tuple(map(_settle, super().parse_dict(args, *others, **kwargs)))
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, extras = super().parse_known_args(*args, **kwargs)

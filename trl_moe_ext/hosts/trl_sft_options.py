@@ -44,12 +44,13 @@ class SftOptions:
         """
         if self._ours is None:
             return types
-        if str(getattr(namespace, "peft_type", None)).lower() == "moe_lora":
+        peft_type = getattr(namespace, "peft_type", None)
+        if str(peft_type).lower() == "moe_lora":
             return [self._ours if kind is self._stock else kind for kind in types]
         defaults = {option.name: option.default for option in fields(self._ours)}
         given = [f"--{name}" for name in self.names if getattr(namespace, name, defaults[name]) != defaults[name]]
         if given:
-            found = f"--peft_type is {namespace.peft_type}" if namespace.peft_type else "--peft_type is not given"
+            found = f"--peft_type is {peft_type}" if peft_type else "--peft_type is not given"
             raise ConfigError(
                 f"{', '.join(given)}: no effect, because {found}; use --peft_type moe_lora, or leave "
                 f"{'it' if len(given) == 1 else 'them'} out"

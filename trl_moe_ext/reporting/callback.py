@@ -1,4 +1,4 @@
-"""The summary of a run: a table before the first step, a record meanwhile, the curve and the adapter's place after."""
+"""The summary of a run: a table before the first step, the loss curve and the adapter's place after the last."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_moe_ext.reporting.adapted import adapted_table
 from trl_moe_ext.reporting.loss_curve import save_loss_curve
-from trl_moe_ext.reporting.run_recorder import RunRecorder
+from trl_moe_ext.reporting.run_record import RECORD_FILE
 
 
 class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
-    """Prints and writes on the main process only; ``trl-moe report`` reads what it has written.
-
-    The last word comes when the script ends, after it has saved the adapter.
-    """
+    """Prints on the main process only. The last word comes when the script ends, after it has saved the adapter."""
 
     def __init__(self) -> None:
-        self.recorder: RunRecorder | None = None
         # soft_wrap: a path must stay copyable, also where the output is no terminal.
         self.console = Console(soft_wrap=True)
 
@@ -34,17 +30,6 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
         """Show what will be trained before time is spent on it."""
         if state.is_world_process_zero:
             self.console.print(adapted_table(model))
-            self.recorder = RunRecorder(args, state, model)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the record of the run up to date."""
-        if self.recorder is not None:
-            self.recorder.on_log(state)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the record beside the checkpoint, from which the run may go on."""
-        if self.recorder is not None:
-            self.recorder.on_save(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -54,8 +39,6 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
             return
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        if self.recorder is not None:
-            self.recorder.on_train_end(state)
         curve = output_dir / "loss_curve.png"
         has_curve = save_loss_curve(state.log_history, curve)
         table = adapted_table(model)
@@ -76,7 +59,7 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
         self.console.print(f"Adapter:    {output_dir / SAFETENSORS_WEIGHTS_NAME}")
         place = shlex.quote(str(output_dir))
         self.console.print(f"Next:       trl-moe ask {place} 'your question'")
-        if self.recorder is not None:
+        if (output_dir / RECORD_FILE).exists():
             self.console.print(f"            trl-moe report {place}")
 
 

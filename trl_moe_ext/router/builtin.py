@@ -18,7 +18,7 @@ def register_router_losses() -> Sequence[RouterLoss]:
             load_balancing,
             needs_counts=True,
         ),
-        RouterLoss("z_loss", "small logits: the mean of their squared logsumexp", z_loss),
+        RouterLoss("z_loss", "small logits: the mean of their squared logsumexp", z_loss, needs_logits=True),
         RouterLoss(
             "drift_kl", "KL divergence from the routing of the model without its adapters", drift_kl, needs_base=True
         ),

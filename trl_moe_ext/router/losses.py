@@ -62,6 +62,7 @@ class RouterLoss:
         needs_base: whether it reads ``base_probabilities``, which cost one more forward without the adapters.
         needs_counts: whether it reads ``tokens_per_expert``, which is only complete once the routing of every
             micro-batch of the step is known.
+        needs_logits: whether it has no meaning for routers that hand out probabilities in the place of logits.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RouterLoss:
     function: Callable[[LossInput], Tensor]
     needs_base: bool = False
     needs_counts: bool = False
+    needs_logits: bool = False
 
 
 def load_balancing(routed: LossInput) -> Tensor:

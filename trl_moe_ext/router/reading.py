@@ -41,7 +41,7 @@ def read_output(output: Any, router: Router) -> tuple[Tensor, Choice | None]:
         LayoutError: the logits cannot be told, or have another width than E.
     """
     parts = list(output) if isinstance(output, tuple | list) else [output]
-    position = _position_of_logits(parts, router)
+    position = position_of_logits(parts, router)
     raw = parts.pop(position)
     if raw.ndim == 3 and raw.shape[0] == 2 and raw.shape[-1] ** 2 == router.num_experts:
         logits = (raw[0].unsqueeze(2) + raw[1].unsqueeze(1)).flatten(1)
@@ -69,10 +69,10 @@ def read_call(arguments: Iterable[Any], num_tokens: int, router: Router) -> Choi
     return _with_skips(_pair(list(arguments)[1:], num_tokens, router.top_k), router)
 
 
-def _position_of_logits(parts: list[Any], router: Router) -> int:
+def position_of_logits(parts: list[Any], router: Router) -> int:
     if router.logits_at is not None:
         return router.logits_at if len(parts) > 1 else 0
-    wide = [i for i, part in enumerate(parts) if _is_float(part) and part.shape[-1] == router.num_experts]
+    wide = [i for i, part in enumerate(parts) if is_float(part) and part.shape[-1] == router.num_experts]
     if len(wide) != 1:
         shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
         raise LayoutError(
@@ -83,16 +83,16 @@ def _position_of_logits(parts: list[Any], router: Router) -> int:
 
 
 def _pair(parts: list[Any], T: int, K: int) -> Choice | None:
-    index = next((part for part in parts if _is_integer(part) and _is_of_shape(part, T, K)), None)
+    index = next((part for part in parts if is_integer(part) and is_of_shape(part, T, K)), None)
     if index is None:
         return None
     # The first: others of that shape, such as the weights of shared experts, stand behind it.
-    weights = next((part for part in parts if _is_float(part) and _is_of_shape(part, T, K)), None)
+    weights = next((part for part in parts if is_float(part) and is_of_shape(part, T, K)), None)
     return Choice(index.reshape(T, K).long(), None if weights is None else weights.reshape(T, K))
 
 
 def _dense(parts: list[Any], logits: Tensor, K: int) -> Choice | None:
-    gates = next((part for part in parts if _is_float(part) and _is_of_shape(part, *logits.shape)), None)
+    gates = next((part for part in parts if is_float(part) and is_of_shape(part, *logits.shape)), None)
     if gates is None:
         return None
     gates = gates.reshape(logits.shape)
@@ -101,8 +101,8 @@ def _dense(parts: list[Any], logits: Tensor, K: int) -> Choice | None:
 
 
 def _mask(parts: list[Any], logits: Tensor, K: int) -> Choice | None:
-    mask = next((part for part in parts if _is_integer(part) and _is_of_shape(part, *logits.shape)), None)
-    weights = next((part for part in parts if _is_float(part) and _is_of_shape(part, len(logits), K)), None)
+    mask = next((part for part in parts if is_integer(part) and is_of_shape(part, *logits.shape)), None)
+    weights = next((part for part in parts if is_float(part) and is_of_shape(part, len(logits), K)), None)
     if mask is None or weights is None:
         return None
     mask = mask.reshape(logits.shape)
@@ -123,7 +123,7 @@ def _sorted_rows(parts: list[Any], router: Router) -> Choice | None:
         return None
     rows = sum(sizes)
     flat = [part for part in parts if isinstance(part, Tensor) and part.shape == (rows,)]
-    integers, weights = [part for part in flat if _is_integer(part)], [part for part in flat if _is_float(part)]
+    integers, weights = [part for part in flat if is_integer(part)], [part for part in flat if is_float(part)]
     if not rows or not integers or not weights:
         return None
     # Beside the position of a row stands its token, which is a smaller number.
@@ -142,14 +142,14 @@ def _with_skips(choice: Choice | None, router: Router) -> Choice | None:
     return Choice(index, choice.top_k_weights)
 
 
-def _is_float(part: Any) -> bool:
+def is_float(part: Any) -> bool:
     return isinstance(part, Tensor) and part.is_floating_point()
 
 
-def _is_integer(part: Any) -> bool:
+def is_integer(part: Any) -> bool:
     return isinstance(part, Tensor) and not part.is_floating_point() and part.dtype != torch.bool
 
 
-def _is_of_shape(part: Tensor, rows: int, columns: int) -> bool:
+def is_of_shape(part: Tensor, rows: int, columns: int) -> bool:
     """Whether a tensor is ``(rows, columns)``, with the rows in one dimension or in two."""
     return part.ndim > 1 and part.shape[-1] == columns and part.numel() == rows * columns

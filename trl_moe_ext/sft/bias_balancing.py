@@ -8,13 +8,30 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.router.balancing import bias_step
+from trl_moe_ext.tuners.moe_lora import router_biases
 
-__all__ = ["BiasBalancing"]
+__all__ = ["BiasBalancing", "biases_to_move"]
+
+
+def biases_to_move(model: Any) -> dict[str, Tensor]:
+    """Label of the router -> the bias of its experts in the adapter that is trained.
+
+    Raises:
+        ConfigError: the adapter has no biases.
+    """
+    biases = router_biases(model, model.active_adapter) if hasattr(model, "active_adapter") else {}
+    if not biases:
+        raise ConfigError(
+            "router_bias_update_rate has no effect: the adapter has no biases to move. Use "
+            "MoeLoraConfig(router_bias=True), on the command line --moe_router_bias, or leave it out"
+        )
+    return biases
 
 
 class BiasBalancing(TrainerCallback):  # type: ignore[misc]
-    """Moves the biases of an adapter (arXiv 2408.15664), which take part in the choice of experts and are saved with it.
+    """Moves the biases of an adapter (arXiv 2408.15664): part of the choice of experts, and saved with it.
 
     Args:
         biases: label of the router -> ``(E,)``, changed in place.
@@ -31,5 +48,6 @@ class BiasBalancing(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """After the optimizer's step."""
         for label, counted in self._counts().items():
-            bias = self._biases[label]
+            if (bias := self._biases.get(label)) is None:
+                continue  # a layer whose experts are not adapted
             bias.copy_(bias_step(bias, counted.to(bias.device), self._rate))

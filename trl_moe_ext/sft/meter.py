@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trl_moe_ext.router.metrics import drift, load_share, summarise, summarise_drift
 from trl_moe_ext.router.routers import Router
-from trl_moe_ext.router.statistics import DriftStatistics, LayerStatistics
+from trl_moe_ext.router.statistics import DriftStatistics, LayerStatistics, as_sum
 from trl_moe_ext.router.trace import Routing
 from trl_moe_ext.sft.processes import Reduce, drift_sizes, layer_sizes, sum_vectors
 
@@ -46,7 +46,7 @@ class RouterMeter:
     def add_losses(self, shares: Mapping[str, Tensor]) -> None:
         """Add what the router losses contributed to the loss of a micro-batch."""
         for name, share in shares.items():
-            part = share.detach().double().reshape(1)
+            part = as_sum(share.detach()).reshape(1)
             self._losses[name] = self._losses[name] + part if name in self._losses else part
 
     def collect(self, reduce: Reduce, steps: int) -> tuple[dict[str, float], dict[str, list[float]]]:

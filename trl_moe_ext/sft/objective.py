@@ -81,16 +81,26 @@ class RouterObjective:
             layers: routers of the model; each loss is the mean over them.
 
         Raises:
-            ConfigError: no gradient flows from the routing, so that a loss would train nothing.
+            ConfigError: no gradient flows from the routing, so that a loss would train nothing; or a loss has no
+                meaning for these routers.
         """
         if not routings:
             return {}
         _refuse_without_graph(routings)
+        self._refuse_without_logits(routings)
         inputs = [_input(routing, totals, None if base is None else base[i]) for i, routing in enumerate(routings)]
         return {
             loss.name: coefficient / layers * _sum(loss.function(routed) for routed in inputs)
             for loss, coefficient in self._terms
         }
+
+    def _refuse_without_logits(self, routings: Sequence[Routing]) -> None:
+        names = [loss.name for loss, _ in self._terms if loss.needs_logits]
+        if names and (blind := next((r for r in routings if r.scores == "probabilities"), None)) is not None:
+            raise ConfigError(
+                f"{', '.join(names)}: no meaning for router {blind.router.name} ({type(blind.router.own).__name__}), "
+                "which hands out probabilities and no logits. Leave it out of router_losses for this model"
+            )
 
 
 def _input(routing: Routing, totals: StepTotals, base: Routing | None) -> LossInput:

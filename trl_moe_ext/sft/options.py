@@ -131,6 +131,6 @@ def check_setup(options: RouterOptions, args: Any, has_optimizer: bool) -> None:
     if options.losses and args.gradient_checkpointing and is_reentrant:
         raise ConfigError(
             f"{', '.join(options.losses)}: under reentrant gradient checkpointing no gradient flows from the routing, "
-            "and a loss on it would train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}, or "
-            "leave it out"
+            "and a loss on it would train nothing. Use gradient_checkpointing_kwargs={'use_reentrant': False}, or no "
+            "router loss and router_aux_loss_coef=0.0, which is not the default where the router is trained"
         )

@@ -23,7 +23,8 @@ def compute_in_float32(router: Router) -> None:
     """Keep the weights of a router in float32 and multiply in float32, also under autocast.
 
     Steps of a usual learning rate are lost to rounding in bfloat16, and near ties between experts are decided by it.
-    What the router returns is as it was, but for the logits.
+    The logits are float32; what else the router returns, and what the experts are called with, has the dtype of the
+    tokens.
     """
     module = router.module
     if any(map(_is_half, module.parameters())):
@@ -47,8 +48,20 @@ def compute_in_float32(router: Router) -> None:
         return tuple(part if keep else _as(part, dtype) for part, keep in zip(output, is_logits, strict=True))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
+    if router.experts_module is not None:
+        # A router that returns logits alone leaves the weights to its block, which makes them of the logits' dtype.
+        router.experts_module.register_forward_pre_hook(_weights_like_tokens, with_kwargs=True)
     # Also when the forward fails: autocast would stay off for all that follows.
     module.register_forward_hook(after, always_call=True)
+
+
+def _weights_like_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tokens = next(iter((*args, *kwargs.values())), None)
+    if not isinstance(tokens, Tensor) or not _is_half(tokens):
+        return None
+    return tuple(_as(arg, tokens.dtype) for arg in args), {
+        name: _as(arg, tokens.dtype) for name, arg in kwargs.items()
+    }
 
 
 def _is_logits(part: Any, position: int, router: Router) -> bool:

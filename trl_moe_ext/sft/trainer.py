@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
+from trl_moe_ext.reporting.record_callback import RunRecordCallback
 from trl_moe_ext.router.routers import Router
 from trl_moe_ext.sft.artefacts import RouterArtefacts
+from trl_moe_ext.sft.bias_balancing import BiasBalancing, biases_to_move
 from trl_moe_ext.sft.options import RouterOptions, check_setup, settle
 from trl_moe_ext.sft.session import RouterSession
 from trl_moe_ext.sft.trained_router import compute_in_float32, router_parameters, set_learning_rate
@@ -45,6 +47,8 @@ class MoeSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 args.router_aux_loss_coef = coefficient  # type: ignore[union-attr]
         self._restore_model_config(coefficient)
         self._set_up_routers()
+        if not any(isinstance(callback, RunRecordCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(RunRecordCallback)
 
     # -- the parent's own auxiliary loss -----------------------------------------------------------------------------
 
@@ -75,8 +79,11 @@ class MoeSFTTrainer(SFTTrainer):  # type: ignore[misc]
             if router_parameters([router]):
                 compute_in_float32(router)
         is_measured = options.router_metrics != "off"
-        if self._routers and (is_measured or options.losses):
+        rate = options.router_bias_update_rate
+        if self._routers and (is_measured or options.losses or rate):
             self._session = RouterSession(self.model, self._routers, options, self._sum_over_processes)
+            if rate:
+                self.add_callback(BiasBalancing(biases_to_move(self.model), self._session.step_counts, rate))
         if self._routers and is_measured:
             callbacks = self.callback_handler.callbacks
             self._artefacts = RouterArtefacts(self.args.output_dir, trackers=callbacks)

@@ -33,7 +33,7 @@ def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name
         *_listed("not in the model", sorted(found.keys() - expected.keys())),
         *_listed("of another shape", _other_shapes(expected, found)),
     )
-    _refuse_unless_finite(adapter_name, found)
+    _refuse_unless_finite(adapter_name, state)  # copies of routers too
 
 
 def with_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,8 +78,10 @@ def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) ->
         AdapterFileError: tensors are missing or not finite.
     """
     _refuse_unless_fitting(adapter_name, *_listed("missing from the file", sorted(missing)))
+    state = model.state_dict()
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-    _refuse_unless_finite(adapter_name, _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes))
+    copies = {key: tensor for key, tensor in state.items() if f".modules_to_save.{adapter_name}." in key}
+    _refuse_unless_finite(adapter_name, _filter_state_dict_by_key_prefixes(state, prefixes) | copies)
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:

@@ -13,6 +13,7 @@ from trl_moe_ext.errors import ConfigError, near_matches
 TARGET_WORDS = ("experts", "attention", "shared_experts", "dense_mlp", "router")
 PROJECTION_WORDS = ("both", "gate_up", "down")
 ACTIVATION_WORDS = ("gate_up", "none")
+ROUTER_MODES = ("frozen", "lora", "full")
 
 # Options of LoraConfig that change how a Linear is adapted and that nobody has defined for a stack of experts. An
 # adapter that ignored them on its largest part would not be what was asked for.
@@ -49,6 +50,12 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         expert_alpha: alpha on experts; `lora_alpha` if None. The scaling is ``expert_alpha / expert_r``, with rsLoRA
             ``expert_alpha / sqrt(expert_r)``.
         expert_projections: ``both``, or only ``gate_up`` (the first projection) or ``down`` (the second).
+        router_mode: whether the router is trained: ``frozen``; ``lora``, the same as ``router`` in `moe_target`; or
+            ``full``, a copy of every router, which PEFT saves with the adapter (`modules_to_save`). None is ``lora``
+            if `moe_target` has ``router``, else ``frozen``.
+        router_bias: give each expert a bias that takes part in the choice of experts and in nothing else, for
+            balancing without a loss (arXiv 2408.15664). It starts at zero, no gradient reaches it, and it is saved
+            with the adapter; `MoeSFTTrainer` moves it (`router_bias_update_rate`).
         saved_with: the version of this package that saved the adapter; None for one that was never saved.
         kernel: name of the implementation, see ``trl-moe plugins``. Not saved with the adapter.
         save_activations: what the experts keep for the backward pass besides their tokens: ``gate_up``, the output of
@@ -70,6 +77,14 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
     expert_projections: str = field(
         default="both", metadata={"help": "Which projections of the experts: " + ", ".join(PROJECTION_WORDS)}
     )
+    router_mode: str | None = field(
+        default=None,
+        metadata={"help": "Whether the router is trained: " + ", ".join(ROUTER_MODES) + "; frozen if not given"},
+    )
+    router_bias: bool = field(
+        default=False,
+        metadata={"help": "A bias of each expert for their choice alone, to balance them without a loss"},
+    )
     saved_with: str | None = field(default=None, metadata={"help": "Written on saving; leave empty"})
     kernel: str = field(default="fused", metadata={"help": "Kernel of the routed experts, see `trl-moe plugins`"})
     save_activations: str = field(
@@ -86,6 +101,7 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         _check_words("moe_target", self.moe_target, TARGET_WORDS)
         _check_words("expert_projections", [self.expert_projections], PROJECTION_WORDS)
         _check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
+        self._settle_router_mode()
         for name in ("r", "expert_r"):
             rank = getattr(self, name)
             if rank is not None and (not isinstance(rank, int) or rank < 1):
@@ -93,13 +109,31 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
         if not self.moe_target and not self.target_modules and not self.target_parameters:
+            if self.router_mode == "full":
+                raise ConfigError(
+                    "moe_target is empty: PEFT trains copies of modules beside LoRA only. Put something else than the "
+                    "router into moe_target, or use router_mode='lora'"
+                )
             raise ConfigError("moe_target is empty and no target_modules are given: nothing would be trained")
-        for name in ("expert_r", "expert_alpha"):
-            if getattr(self, name) is not None and not self.adapts_experts:
+        for name in ("expert_r", "expert_alpha", "router_bias"):
+            value = getattr(self, name)
+            if value is not None and value is not False and not self.adapts_experts:
                 raise ConfigError(
                     f"{name} has no effect: moe_target={self.moe_target} leaves the experts out; "
                     f"add 'experts' to moe_target or remove {name}"
                 )
+
+    def _settle_router_mode(self) -> None:
+        if self.router_mode is None:
+            return
+        _check_words("router_mode", [self.router_mode], ROUTER_MODES)
+        if self.router_mode == "lora":
+            self.moe_target = [*dict.fromkeys([*self.moe_target, "router"])]
+        elif "router" in self.moe_target:
+            raise ConfigError(
+                f"router_mode={self.router_mode!r} contradicts 'router' in moe_target, which puts LoRA on the router; "
+                "leave 'router' out of moe_target, or use router_mode='lora'"
+            )
 
     @property
     def adapts_experts(self) -> bool:

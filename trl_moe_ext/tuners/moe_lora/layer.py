@@ -31,7 +31,9 @@ from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.lora_linear import LowRank
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import host
+from trl_moe_ext.tuners.moe_lora.bias_merging import check_bias_mergeable, merge_bias, unmerge_bias
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+from trl_moe_ext.tuners.moe_lora.router_bias import BiasedRouter, RouterBias, bias_of
 
 
 class ExpertFactors(nn.Module):
@@ -50,11 +52,12 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     """Wraps a module of routed experts; called with the same arguments, it returns the same ``(T, H)`` tensor.
 
     Its state dict has ``lora_A.<adapter>.<projection>`` and ``lora_B.<adapter>.<projection>``, with the projection's
-    parameter name, so that PEFT's saving, loading, switching and deleting work as for its own layers.
+    parameter name, so that PEFT's saving, loading, switching and deleting work as for its own layers. An adapter with
+    a bias for the choice of experts has ``lora_router_bias.<adapter>.bias`` too.
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = (*LoraLayer.other_param_names, "kernels")
+    other_param_names = (*LoraLayer.other_param_names, "kernels", "lora_router_bias")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, r: int, lora_alpha: float, **kwargs: Any
@@ -71,6 +74,8 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)[:3]
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.kernels: dict[str, Callable[..., Tensor]] = {}
+        self.lora_router_bias = nn.ModuleDict()
+        self.biased_routers: list[BiasedRouter] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
@@ -104,6 +109,9 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_A[adapter_name] = ExpertFactors({p.name: (experts, r, p.in_features) for p in adapted})
         self.lora_B[adapter_name] = ExpertFactors({p.name: (experts, p.out_features, r) for p in adapted})
         self.kernels[adapter_name] = _kernel(config)
+        bias_size = getattr(config, "router_bias_size", None)  # what the targets found for this module
+        if bias_size is not None:
+            self.lora_router_bias[adapter_name] = RouterBias(bias_size)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -131,6 +139,9 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         for factors in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
             if not any(p.device.type == "meta" for p in factors.parameters()):
                 factors.to(device or weight.device, dtype=weight.dtype)
+        bias = bias_of(self, adapter_name)
+        if bias is not None and bias.device.type != "meta":
+            self.lora_router_bias[adapter_name].to(device or weight.device)  # in float32
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +149,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         """As the wrapped module: ``(T, H)`` tokens, ``(T, K)`` chosen experts and ``(T, K)`` weights to ``(T, H)``."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ConfigError("one batch with several adapters (adapter_names) is not supported on routed experts")
-        adapters = self._adapters_to_apply()
+        adapters = self.adapters_to_apply()
         if not adapters and self.layout.sparse_block is None:
             out: Tensor = self.base_layer(*args, **kwargs)
             return out
@@ -152,7 +163,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self._check_device(arguments[0])
         return self._run(adapters, *arguments)
 
-    def _adapters_to_apply(self) -> list[str]:
+    def adapters_to_apply(self) -> list[str]:
         """The active adapters whose updates are to be added to the output."""
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -211,27 +222,32 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
         Raises:
             AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
+            ConfigError: the adapter has a bias for the choice of experts, and the family has no place for it.
         """
-        if safe_merge:
-            self.check_mergeable(adapter_names)
+        self.check_mergeable(adapter_names, safe_merge)
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
             for expert_weight, delta in self._deltas(name):
                 expert_weight.copy_(expert_weight.to(delta.dtype) + delta)
+            merge_bias(self, name)
             self.merged_adapters.append(name)
 
-    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
-        """Raise AdapterFileError unless the merged weights of this module would be finite; nothing is changed."""
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what `merge` would raise; nothing is changed."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.lora_A and name not in self.merged_adapters:
-                self._check_finite(name)
+                check_bias_mergeable(self, name)
+                if safe_merge:
+                    self._check_finite(name)
 
     def unmerge(self) -> None:
         """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""
         while self.merged_adapters:
-            for expert_weight, delta in self._deltas(self.merged_adapters.pop()):
+            name = self.merged_adapters.pop()
+            for expert_weight, delta in self._deltas(name):
                 expert_weight.copy_(expert_weight.to(delta.dtype) - delta)
+            unmerge_bias(self, name)
 
     @torch.no_grad()
     def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:

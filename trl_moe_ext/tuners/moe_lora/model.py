@@ -9,15 +9,19 @@ from typing import Any
 from peft import PeftType
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
 from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state, with_aliases
+from trl_moe_ext.tuners.moe_lora.biased_routers import bias_sizes, hook_biased_routers
 from trl_moe_ext.tuners.moe_lora.blocks import restore_blocks, use_sparse_block
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
 from trl_moe_ext.tuners.moe_lora.router import MoeLoraRouter
+from trl_moe_ext.tuners.moe_lora.router_bias import remove_hooks
+from trl_moe_ext.tuners.moe_lora.router_mode import modules_to_save
 from trl_moe_ext.tuners.moe_lora.rows import MoeLoraRows
 from trl_moe_ext.tuners.moe_lora.targets import resolve_targets
 from trl_moe_ext.tuners.moe_lora.tied import TiedLayers, unwrap_tied
@@ -32,6 +36,8 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> MoeLoraConfig:
         try:
             targets = resolve_targets(peft_config, self.model)
+            saved = modules_to_save(peft_config, targets, self.model)
+            targets.router_bias = bias_sizes(targets, self.model) if peft_config.router_bias else {}
         except (ConfigError, LayoutError) as error:
             if peft_config.saved_with is None:
                 raise
@@ -46,6 +52,7 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             )
         # On the config, but not one of its fields: it goes where the config goes, and is not saved.
         peft_config.resolved = targets
+        peft_config.modules_to_save = saved
         peft_config.target_modules = targets.words
         # What the user named stays in the saved config, expert stacks too; `_inject_parameters` leaves those out.
         peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *targets.parameters}) or None
@@ -58,6 +65,7 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self._tied
+        hook_biased_routers(model)
 
     def _inject_parameters(
         self, peft_config: MoeLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -99,6 +107,7 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
             config.lora_dropout = 0.0  # PEFT merges a bare parameter before it is used: there is no input to drop
         elif current_key in lora_config.resolved.experts or current_key in lora_config.resolved.expert_linears:
             config.projection_names = lora_config.resolved.experts.get(current_key)
+            config.router_bias_size = lora_config.resolved.router_bias.get(current_key)
             config.r = lora_config.expert_r or lora_config.r
             if lora_config.expert_alpha is not None:
                 config.lora_alpha = lora_config.expert_alpha
@@ -134,23 +143,27 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         super()._check_target_module_compatiblity(stock, model, target_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; with `safe_merge` the experts of all layers are checked before the first weight changes."""
+        """As in PEFT; the experts of all layers are checked before the first weight changes."""
         self._check_experts(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> nn.Module:
-        self._check_experts(adapter_names, merge and safe_merge)
+        if merge:
+            self._check_experts(adapter_names, safe_merge)
+            if adapter_names:
+                _set_adapter(self.model, adapter_names)  # PEFT would keep the copies of the active adapter
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unwrap_tied(model)
         restore_blocks(model)
+        remove_hooks(model)
         return model
 
     def _check_experts(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for module in self.modules():
-            if safe_merge and isinstance(module, MoeLoraExperts):
-                module.check_mergeable(adapter_names)
+            if isinstance(module, MoeLoraExperts):
+                module.check_mergeable(adapter_names, safe_merge)
 
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(module, MoeLoraExperts) for module in self.modules()):

@@ -32,6 +32,7 @@ class Targets:
         parameters: bare parameters that PEFT wraps itself (a router's weight), as suffixes.
         words: what the saved config says in `target_modules`: the user's own words, or suffixes that name `linears`.
         excluded: modules that hold a projection that `exclude_modules` left out.
+        router_bias: modules of stacked experts -> size of the bias that their router gets.
         is_dense: the model has no routed experts.
         anatomy: the parts of the model, for the summary.
     """
@@ -42,6 +43,7 @@ class Targets:
     parameters: list[str] = field(default_factory=list)
     words: set[str] | str = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
+    router_bias: dict[str, int] = field(default_factory=dict)
     is_dense: bool = False
     anatomy: Anatomy = field(default_factory=Anatomy)
 

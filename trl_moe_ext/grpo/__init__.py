@@ -1,0 +1,1 @@
+"""Group relative policy optimisation whose generator may be another engine, or some steps behind."""
