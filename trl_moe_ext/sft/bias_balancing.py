@@ -47,7 +47,12 @@ class BiasBalancing(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the optimizer's step."""
-        for label, counted in self._counts().items():
-            if (bias := self._biases.get(label)) is None:
-                continue  # a layer whose experts are not adapted
-            bias.copy_(bias_step(bias, counted.to(bias.device), self._rate))
+        loads: dict[int, Tensor] = {}
+        counts = self._counts()
+        for label in self._biases.keys() & counts.keys():  # layers whose experts are adapted
+            # Routers of experts that share their weights, as in a tied encoder and decoder, share one bias.
+            key = id(self._biases[label])
+            loads[key] = loads[key] + counts[label] if key in loads else counts[label]
+        for bias in {id(bias): bias for bias in self._biases.values()}.values():
+            if (load := loads.get(id(bias))) is not None:
+                bias.data.copy_(bias_step(bias.detach(), load.to(bias.device), self._rate))
