@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
@@ -86,7 +86,9 @@ def sft(
     made = trainer(
         model=_built(model) if isinstance(model, str) else model,
         args=config(**settings(folder, **options)),
-        train_dataset=data if isinstance(data, Dataset) else Dataset.from_dict({"input_ids": data or rows()}),
+        train_dataset=data
+        if isinstance(data, Dataset | IterableDataset)
+        else Dataset.from_dict({"input_ids": data or rows()}),
         processing_class=TOKENIZER,
         peft_config=peft_config,
         **(others or {}),

@@ -59,6 +59,7 @@ ON_TOKENS = {
         "gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": False},
     },
     "neftune": {"neftune_noise_alpha": 5.0},
+    "streaming": {"data": Dataset.from_dict({"input_ids": rows()}).to_iterable_dataset()},
 }
 ON_TEXT = {
     "completion_only_loss": {"data": prompts, "completion_only_loss": True},

@@ -46,13 +46,6 @@ def history(folder):
     return {record["step"]: record["layers"] for record in records}
 
 
-@pytest.fixture
-def through(tmp_path):
-    trainer = trainer_in(tmp_path / "run")
-    trainer.train()
-    return trainer, trained_weights(trainer.model), history(tmp_path / "run")
-
-
 @pytest.mark.parametrize("logging_steps", [1, 2])
 def test_everything_is_that_of_the_uninterrupted_run(tmp_path, logging_steps):
     folder = tmp_path / "run"
