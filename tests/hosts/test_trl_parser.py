@@ -16,6 +16,7 @@ import yaml
 from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from tests.hosts.refusals import only_line_of
 from trl_moe_ext.errors import ConfigError, HostVersionError
 from trl_moe_ext.hosts.trl import install_parser
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
@@ -143,14 +144,10 @@ def test_parsers_that_are_not_for_us() -> None:
 
 
 def error_of(arguments: str, capsys: pytest.CaptureFixture[str], *settings: Any, **kwargs: Any) -> str:
-    """The only line on stderr of a parse that ends the process."""
-    with pytest.raises(SystemExit) as stopped:
-        parse_yaml(settings[0], settings[1], arguments, **kwargs) if settings else parse(arguments, **kwargs)
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    return printed.err
+    return only_line_of(
+        capsys,
+        lambda: parse_yaml(settings[0], settings[1], arguments, **kwargs) if settings else parse(arguments, **kwargs),
+    )
 
 
 @pytest.mark.parametrize(

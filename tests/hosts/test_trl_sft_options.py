@@ -12,6 +12,7 @@ import torch
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from tests.hosts.refusals import only_line_of
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.sft.config import ROUTER_OPTIONS, MoeSFTConfig
 
@@ -126,14 +127,7 @@ def test_parse_dict() -> None:
 
 
 def error_of(words: list[str], capsys: pytest.CaptureFixture[str], **options: Any) -> str:
-    """The only line on stderr of a parse that ends the process."""
-    with pytest.raises(SystemExit) as stopped:
-        parse(words, **options)
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    return printed.err
+    return only_line_of(capsys, lambda: parse(words, **options))
 
 
 @pytest.mark.parametrize(

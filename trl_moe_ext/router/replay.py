@@ -15,14 +15,13 @@ Legend: T tokens, K top_k, E experts of the router.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from trl_moe_ext.errors import ConfigError, LayoutError
+from trl_moe_ext.router.hooks import RouterHooks, in_backward
 from trl_moe_ext.router.mismatch import RoutingMismatch, differing_tokens, recorded_tokens
 from trl_moe_ext.router.reading import Choice, read_call, read_output
 from trl_moe_ext.router.record import RoutingRecord
@@ -36,7 +35,7 @@ __all__ = ["RoutingReplay"]
 _ENOUGH = 256
 
 
-class RoutingReplay:
+class RoutingReplay(RouterHooks):
     """While it is attached, routers choose the experts of `record`.
 
         with RoutingReplay(find_routers(model)) as replay:
@@ -55,9 +54,8 @@ class RoutingReplay:
     """
 
     def __init__(self, routers: Sequence[Router], *, compare_only: bool = False) -> None:
-        self._routers = tuple(routers)
+        super().__init__(routers)
         self._compare_only = compare_only
-        self._handles: list[RemovableHandle] = []
         self._record: RoutingRecord | None = None
         self._serial = 0
         # By name of the router: logits whose choice is still to come (in a backward pass or not), and the rule of the
@@ -98,29 +96,11 @@ class RoutingReplay:
         taken, self._mismatch = self._mismatch, RoutingMismatch()
         return taken
 
-    def attach(self) -> Self:
-        """Start; nothing happens if it is attached already."""
-        if not self._handles:
-            for router in self._routers:
-                self._handles.append(router.module.register_forward_hook(partial(self._after_router, router)))
-                if router.experts_module is not None:
-                    hook = partial(self._before_experts, router)
-                    self._handles.append(router.experts_module.register_forward_pre_hook(hook, with_kwargs=True))
-        return self
-
     def remove(self) -> None:
         """Stop, and forget the record; nothing happens if it is not attached."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().remove()
         self._waiting.clear()
         self.record = None
-
-    def __enter__(self) -> Self:
-        return self.attach()
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def _after_router(self, router: Router, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._record is None or router.label not in self._record.experts:
@@ -129,8 +109,8 @@ class RoutingReplay:
         if live is not None:
             found = self._choose(router, logits, live)
             return None if found is None else _written(router, write_output(output, router, *found))
-        waiting = router.name, _in_backward()
-        if router.experts_module is None or (waiting in self._waiting and not _in_backward()):
+        waiting = router.name, in_backward()
+        if router.experts_module is None or (waiting in self._waiting and not in_backward()):
             raise _refusal(router, "its output does not hold the choice, and its experts were not called after it")
         self._waiting[waiting] = logits
         return None
@@ -138,7 +118,7 @@ class RoutingReplay:
     def _before_experts(
         self, router: Router, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        logits = self._waiting.pop((router.name, _in_backward()), None)
+        logits = self._waiting.pop((router.name, in_backward()), None)
         if logits is None:
             return None
         live = read_call([*args, *kwargs.values()], len(logits), router)
@@ -151,7 +131,7 @@ class RoutingReplay:
         """Experts and weights for all tokens, or None to leave the live ones."""
         recorded = self._record_of(router, len(logits)).to(logits.device, torch.int64)
         differs = differing_tokens(recorded, live.top_k_index)
-        if not _in_backward():
+        if not in_backward():
             self._recorded[router.label], self._differing[router.label] = recorded_tokens(recorded), differs
         if self._compare_only or not len(logits):
             return None
@@ -203,11 +183,6 @@ class _Stamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-def _in_backward() -> bool:
-    """Whether this forward is the recomputation of a checkpoint: only inside a backward pass there is a task id."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _written(router: Router, written: Any | None) -> Any:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Self
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.hooks import RemovableHandle
 
 from trl_moe_ext.errors import LayoutError
+from trl_moe_ext.router.hooks import RouterHooks, in_backward
 from trl_moe_ext.router.reading import Choice, read_call, read_output
 from trl_moe_ext.router.routers import ADVICE, Router
 from trl_moe_ext.router.scoring import Scores, as_probabilities, recognise_scores
@@ -55,7 +55,7 @@ class Routing:
         return as_probabilities(only_kept(self.logits, self.kept), scores or "softmax")
 
 
-class RouterTrace:
+class RouterTrace(RouterHooks):
     """Calls `observe` with the routing of every forward of every router.
 
     Each forward is seen once: when gradient checkpointing computes a layer again for the backward pass, nothing is
@@ -69,37 +69,18 @@ class RouterTrace:
     """
 
     def __init__(self, routers: Sequence[Router], observe: Callable[[Routing], None]) -> None:
+        super().__init__(routers)
         self.kept: Tensor | None = None
-        self._routers = tuple(routers)
         self._observe = observe
-        self._handles: list[RemovableHandle] = []
         self._pauses = 0
         # By name of the router: logits whose choice is still to come, and how logits become scores.
         self._waiting: dict[str, Tensor] = {}
         self._scores: dict[str, Scores] = {}
 
-    def attach(self) -> Self:
-        """Start watching; nothing happens if it is watching already."""
-        if not self._handles:
-            for router in self._routers:
-                self._handles.append(router.module.register_forward_hook(partial(self._after_router, router)))
-                if router.experts_module is not None:
-                    hook = partial(self._before_experts, router)
-                    self._handles.append(router.experts_module.register_forward_pre_hook(hook, with_kwargs=True))
-        return self
-
     def remove(self) -> None:
         """Stop watching; nothing happens if it is not watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().remove()
         self._waiting.clear()
-
-    def __enter__(self) -> Self:
-        return self.attach()
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -135,8 +116,7 @@ class RouterTrace:
             self._tell(router, logits, choice)
 
     def _is_blind(self) -> bool:
-        # Inside the backward pass there is a task id: a forward that runs then is a checkpoint's recomputation.
-        return self._pauses > 0 or torch._C._current_graph_task_id() != -1
+        return self._pauses > 0 or in_backward()
 
     def _tell(self, router: Router, logits: Tensor, choice: Choice) -> None:
         if router.name not in self._scores and len(logits):
