@@ -71,7 +71,11 @@ def test_replay_gives_what_the_family_itself_makes_of_the_routes(model_type):
     model = build(model_type)
     check_replay(model, model_type, other_routes(model_type))
     with torch.no_grad():
-        assert torch.equal(replayed(model, model_type, recorded(model, model_type)), run(model, model_type))
+        found, expected = replayed(model, model_type, recorded(model, model_type)), run(model, model_type)
+    if model_type == "jetmoe":  # sorts its rows again, in an order that depends on the number of threads
+        assert_output_close(found, expected, found.dtype)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_tokens_that_skip_the_experts_are_replayed():

@@ -77,3 +77,17 @@ def test_a_tracker_that_is_added_later_gets_them(tmp_path):
     trainer.add_callback(board)
     trainer.train()
     assert len(board.shown) == 2
+
+
+def test_a_tracker_that_is_not_reached_costs_no_run(tmp_path):
+    class Unreachable(TrainerCallback):
+        class tb_writer:  # noqa: N801
+            @staticmethod
+            def add_image(*args, **kwargs):
+                raise OSError("no route to host")
+
+    trainer = sft(tmp_path, router_metrics="summary", others={"callbacks": [Unreachable()]})
+    with pytest.warns(RuntimeWarning, match="pictures of the routers are left out: OSError"):
+        trainer.train()
+    assert (tmp_path / HISTORY_FILE).exists()
+    assert trainer.state.global_step == 4

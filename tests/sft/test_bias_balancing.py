@@ -85,3 +85,8 @@ def test_without_metrics_the_bias_moves_the_same(tmp_path):
 def test_an_adapter_without_biases_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="router_bias_update_rate has no effect: the adapter has no biases"):
         sft(tmp_path, peft_config=MoeLoraConfig(r=2), router_bias_update_rate=RATE)
+
+
+def test_biases_that_nothing_moves_are_a_warning(tmp_path):
+    with pytest.warns(RuntimeWarning, match="router_bias=True has no effect without router_bias_update_rate"):
+        sft(tmp_path, peft_config=MoeLoraConfig(r=2, router_bias=True), randomised=False, router_metrics="summary")

@@ -120,3 +120,24 @@ def test_autocast_is_on_again_when_a_router_fails():
             router.module(torch.ones(3, 5, dtype=HALF))
         assert torch.is_autocast_enabled("cpu")
         assert nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == HALF
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_merged_model_has_its_own_dtype_again(tmp_path, mode):
+    """A block without an adapter calls its router with tokens in bfloat16: float32 weights would be an error."""
+    model = build("qwen3_moe").to(torch.bfloat16)
+    config = MoeLoraConfig(r=2, router_mode=mode)
+    trainer = sft(tmp_path, model, peft_config=config, router_aux_loss_coef=0.1, learning_rate=0.1)
+    trainer.train()
+    routers = [router.own for router in find_routers(trainer.model)]
+    assert any(p.dtype == torch.float32 for router in routers for p in router.parameters())
+    merged = trainer.model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merged(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_a_second_trainer_adds_no_second_set_of_hooks(tmp_path):
+    first = sft(tmp_path, "qwen3_moe", router_aux_loss_coef=0.1)
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in first.model.modules()]
+    sft(tmp_path, first.model, peft_config=None, router_aux_loss_coef=0.1)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in first.model.modules()] == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +44,25 @@ class RouterArtefacts(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """A run that goes on from a checkpoint goes on with its history too; another one starts anew."""
         if state.is_world_process_zero:
-            goes_on = state.global_step > 0
-            self._history = RouterHistory.load(self._directory / HISTORY_FILE) if goes_on else RouterHistory()
+            self._history = RouterHistory()
+            if state.global_step > 0:
+                with _no_reason_to_lose_a_run("the load of the experts before this checkpoint"):
+                    self._history = RouterHistory.load(self._directory / HISTORY_FILE)
             self._history.truncate(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A run that is killed later has everything up to here."""
         if state.is_world_process_zero:
-            self._save(state.global_step)
+            with _no_reason_to_lose_a_run("files and pictures of the routers"):
+                self._save(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The last word; trackers are still open when this comes first of all callbacks."""
         if state.is_world_process_zero:
-            self._save(state.global_step)
+            with _no_reason_to_lose_a_run("files and pictures of the routers"):
+                self._save(state.global_step)
 
     def _save(self, step: int) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -69,6 +75,15 @@ class RouterArtefacts(TrainerCallback):  # type: ignore[misc]
             if draw(self._history, path):
                 for tracker in self._trackers:
                     _show(tracker, f"{name}_picture", path, step)
+
+
+@contextmanager
+def _no_reason_to_lose_a_run(what: str) -> Iterator[None]:
+    """A full disk, a damaged file or a tracker that is not reached is told, and training goes on."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what} are left out: {error!r}", RuntimeWarning, stacklevel=2)
 
 
 def _show(tracker: Any, name: str, path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.router.balancing import bias_step
 from trl_moe_ext.tuners.moe_lora import router_biases
 
-__all__ = ["BiasBalancing", "biases_to_move"]
+__all__ = ["BiasBalancing", "biases_to_move", "warn_of_idle_biases"]
 
 
 def biases_to_move(model: Any) -> dict[str, Tensor]:
@@ -28,6 +29,18 @@ def biases_to_move(model: Any) -> dict[str, Tensor]:
             "MoeLoraConfig(router_bias=True), on the command line --moe_router_bias, or leave it out"
         )
     return biases
+
+
+def warn_of_idle_biases(model: Any) -> None:
+    """Biases that were moved in an earlier run may stay as they are; new ones that nothing moves are a mistake."""
+    biases = router_biases(model, model.active_adapter) if hasattr(model, "active_adapter") else {}
+    if biases and not any(bias.any() for bias in biases.values()):
+        warnings.warn(
+            "router_bias=True has no effect without router_bias_update_rate: the biases stay at zero, and routers run "
+            "twice. Give a rate, such as 0.001, or leave router_bias out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class BiasBalancing(TrainerCallback):  # type: ignore[misc]

@@ -46,7 +46,9 @@ class RouterOptions:
     def asked(self) -> list[str]:
         """Options that change what is trained, as they were given."""
         names = ("router_aux_loss_coef", "router_losses", "router_bias_update_rate", "router_learning_rate")
-        return [f"{name}={value!r}" for name in names if (value := getattr(self, name))]
+        given = [(name, getattr(self, name)) for name in names]
+        # A coefficient of zero is the way to switch a loss off; a learning rate of zero is one.
+        return [f"{n}={v!r}" for n, v in given if v or (n == "router_learning_rate" and v is not None)]
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -126,6 +128,11 @@ def check_setup(options: RouterOptions, args: Any, has_optimizer: bool) -> None:
         raise ConfigError(
             "router_learning_rate has no effect on an optimizer that is given to the trainer. Give the router's "
             "parameters a group with their own rate there, or let the trainer make the optimizer"
+        )
+    if (options.losses or options.router_bias_update_rate) and args.n_gpu > 1:
+        raise ConfigError(
+            "router losses and balancing need one process for each GPU: start with `trl sft`, `accelerate launch` or "
+            "`torchrun`, or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
     is_reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     if options.losses and args.gradient_checkpointing and is_reentrant:

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_moe_ext.router.precision import to_float32
 from trl_moe_ext.router.routers import Router
 
 __all__ = ["compute_in_float32", "router_parameters", "set_learning_rate"]
+
+# On a module that computes in float32 already.
+_IS_HOOKED = "_computes_in_float32"
 
 
 def router_parameters(routers: Sequence[Router]) -> list[nn.Parameter]:
@@ -24,11 +28,13 @@ def compute_in_float32(router: Router) -> None:
 
     Steps of a usual learning rate are lost to rounding in bfloat16, and near ties between experts are decided by it.
     The logits are float32; what else the router returns, and what the experts are called with, has the dtype of the
-    tokens.
+    tokens. Merging the adapter, or unloading it, gives the weights their own dtype back.
     """
     module = router.module
-    if any(map(_is_half, module.parameters())):
-        module.float()
+    if vars(module).get(_IS_HOOKED):
+        return  # by an earlier trainer of the same model
+    vars(module)[_IS_HOOKED] = True
+    to_float32(module)
     scopes: list[tuple[Any, torch.dtype | None]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

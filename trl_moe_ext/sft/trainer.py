@@ -1,7 +1,8 @@
 """TRL's `SFTTrainer` with a view of the router, losses on it, and a way to train it.
 
 Everything happens around calls of the parent: its loss is computed by itself, from the batch as it came, and what the
-routers did in that forward is read beside it. Without routers, or with all options off, nothing is added.
+routers did in that forward is read beside it. Without routers, or with all options off, nothing is added
+but the record of the run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_moe_ext.reporting.record_callback import RunRecordCallback
 from trl_moe_ext.router.routers import Router
 from trl_moe_ext.sft.artefacts import RouterArtefacts
-from trl_moe_ext.sft.bias_balancing import BiasBalancing, biases_to_move
+from trl_moe_ext.sft.bias_balancing import BiasBalancing, biases_to_move, warn_of_idle_biases
 from trl_moe_ext.sft.options import RouterOptions, check_setup, settle
 from trl_moe_ext.sft.session import RouterSession
 from trl_moe_ext.sft.trained_router import compute_in_float32, router_parameters, set_learning_rate
@@ -82,7 +83,9 @@ class MoeSFTTrainer(SFTTrainer):  # type: ignore[misc]
         rate = options.router_bias_update_rate
         if self._routers and (is_measured or options.losses or rate):
             self._session = RouterSession(self.model, self._routers, options, self._sum_over_processes)
-            if rate:
+            if rate is None:
+                warn_of_idle_biases(self.model)
+            elif rate:
                 self.add_callback(BiasBalancing(biases_to_move(self.model), self._session.step_counts, rate))
         if self._routers and is_measured:
             callbacks = self.callback_handler.callbacks

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
 from trl_moe_ext.experts.reading import read_layout
+from trl_moe_ext.router.precision import restore_precision
 from trl_moe_ext.tuners.moe_lora.adapter_files import check_adapter_state, with_aliases
 from trl_moe_ext.tuners.moe_lora.biased_routers import bias_sizes, hook_biased_routers
 from trl_moe_ext.tuners.moe_lora.blocks import restore_blocks, use_sparse_block
@@ -158,6 +159,7 @@ class MoeLoraModel(LoraModel):  # type: ignore[misc]
         unwrap_tied(model)
         restore_blocks(model)
         remove_hooks(model)
+        restore_precision(model)
         return model
 
     def _check_experts(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
