@@ -81,11 +81,14 @@ class RouterObjective:
             layers: routers of the model; each loss is the mean over them.
 
         Raises:
-            ConfigError: no gradient flows from the routing, so that a loss would train nothing; or a loss has no
-                meaning for these routers.
+            ConfigError: no router was passed, or no gradient flows from the routing, so that a loss would train
+                nothing; or a loss has no meaning for these routers.
         """
         if not routings:
-            return {}
+            raise ConfigError(
+                f"{', '.join(self.names)}: no router was seen in this batch, so it would train nothing. Is the "
+                "model called through another object than the trainer's? Leave the router losses out, or report this"
+            )
         _refuse_without_graph(routings)
         self._refuse_without_logits(routings)
         inputs = [_input(routing, totals, None if base is None else base[i]) for i, routing in enumerate(routings)]
