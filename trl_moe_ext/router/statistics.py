@@ -6,8 +6,9 @@ Nothing here waits for the device. Legend: T tokens of a forward, K top_k, E exp
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from trl_moe_ext.router.tokens import count_choices, is_expert, only_kept
 if TYPE_CHECKING:
     from trl_moe_ext.router.trace import Routing
 
-__all__ = ["DriftStatistics", "LayerStatistics"]
+__all__ = ["DriftStatistics", "LayerStatistics", "added"]
+
+Statistics = TypeVar("Statistics", bound="Sums")
 
 
 @dataclass
@@ -105,6 +108,11 @@ def _entropy(probabilities: Tensor) -> Tensor:
     logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     # The entropy of a choice among one is zero, whatever it is divided by.
     return -(probabilities * logs).sum() / (math.log(probabilities.shape[-1]) or 1.0)
+
+
+def added(to: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """The sums of two sets of statistics by the labels of their routers; one may lack what the other has."""
+    return {**to, **{label: to[label] + layer if label in to else layer for label, layer in more.items()}}
 
 
 def count_tokens(routing: Routing) -> Tensor:

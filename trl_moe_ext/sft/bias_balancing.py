@@ -22,7 +22,7 @@ def biases_to_move(model: Any) -> dict[str, Tensor]:
     Raises:
         ConfigError: the adapter has no biases.
     """
-    biases = router_biases(model, model.active_adapter) if hasattr(model, "active_adapter") else {}
+    biases = _biases_of(model)
     if not biases:
         raise ConfigError(
             "router_bias_update_rate has no effect: the adapter has no biases to move. Use "
@@ -33,7 +33,7 @@ def biases_to_move(model: Any) -> dict[str, Tensor]:
 
 def warn_of_idle_biases(model: Any) -> None:
     """Biases that were moved in an earlier run may stay as they are; new ones that nothing moves are a mistake."""
-    biases = router_biases(model, model.active_adapter) if hasattr(model, "active_adapter") else {}
+    biases = _biases_of(model)
     if biases and not any(bias.any() for bias in biases.values()):
         warnings.warn(
             "router_bias=True has no effect without router_bias_update_rate: the biases stay at zero, and routers run "
@@ -41,6 +41,11 @@ def warn_of_idle_biases(model: Any) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _biases_of(model: Any) -> dict[str, Tensor]:
+    """Those of the adapter that is trained; none without one."""
+    return router_biases(model, model.active_adapter) if hasattr(model, "active_adapter") else {}
 
 
 class BiasBalancing(TrainerCallback):  # type: ignore[misc]

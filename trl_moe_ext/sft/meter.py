@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trl_moe_ext.router.metrics import drift, load_share, summarise, summarise_drift
 from trl_moe_ext.router.routers import Router
-from trl_moe_ext.router.statistics import DriftStatistics, LayerStatistics, as_sum
+from trl_moe_ext.router.statistics import DriftStatistics, LayerStatistics, added, as_sum
 from trl_moe_ext.router.trace import Routing
 from trl_moe_ext.sft.processes import Reduce, drift_sizes, layer_sizes, sum_vectors
 
@@ -34,14 +34,12 @@ class RouterMeter:
 
     def add(self, statistics: Mapping[str, LayerStatistics]) -> None:
         """Add a micro-batch."""
-        for label, layer in statistics.items():
-            self._layers[label] = self._layers[label] + layer if label in self._layers else layer
+        self._layers = added(self._layers, statistics)
 
     def add_drift(self, base: Sequence[Routing], now: Sequence[Routing]) -> None:
         """Add how far a micro-batch is from the base routing."""
         for before, after in zip(base, now, strict=True):
-            label, found = after.router.label, drift(before, after)
-            self._drift[label] = self._drift[label] + found if label in self._drift else found
+            self._drift = added(self._drift, {after.router.label: drift(before, after)})
 
     def add_losses(self, shares: Mapping[str, Tensor]) -> None:
         """Add what the router losses contributed to the loss of a micro-batch."""

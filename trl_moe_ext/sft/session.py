@@ -93,7 +93,7 @@ class RouterSession:
         totals = self._counter.totals(statistics, inputs)
         shares = self.objective.shares(seen, totals, base, layers=len(self.routers))
         self._meters["train"].add_losses(shares)
-        return sum(shares.values(), torch.zeros(())) if shares else None
+        return sum(shares.values(), torch.zeros(()))
 
     def step_counts(self) -> dict[str, Tensor]:
         """Label of the router -> ``(E,)`` choices of each expert in the step so far. To be called in every process."""

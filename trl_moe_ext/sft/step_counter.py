@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_moe_ext.router.routers import Router
-from trl_moe_ext.router.statistics import LayerStatistics
+from trl_moe_ext.router.statistics import LayerStatistics, added
 from trl_moe_ext.router.trace import Routing
 from trl_moe_ext.sft.objective import StepTotals
 from trl_moe_ext.sft.processes import Reduce, sum_over_processes
@@ -62,12 +62,12 @@ class StepCounter:
         """
         counted: dict[str, LayerStatistics] = {}
         for batch in self._batches:
-            counted = _added(counted, statistics_of(route(batch)))
+            counted = added(counted, statistics_of(route(batch)))
         self._ahead = StepTotals.of(self._summed(counted))
 
     def add(self, statistics: Mapping[str, LayerStatistics]) -> None:
         """A micro-batch has been routed."""
-        self._seen = _added(self._seen, statistics) if self.has_several else dict(statistics)
+        self._seen = added(self._seen, statistics) if self.has_several else dict(statistics)
 
     def totals(self, statistics: Mapping[str, LayerStatistics], inputs: Mapping[str, Any]) -> StepTotals:
         """Totals for the loss of the micro-batch that was added last. To be called in every process.
@@ -109,12 +109,8 @@ def statistics_of(routings: Iterable[Routing]) -> dict[str, LayerStatistics]:
     """Label of the router -> its statistics; a router that is called several times in a forward has their sum."""
     found: dict[str, LayerStatistics] = {}
     for routing in routings:
-        found = _added(found, {routing.router.label: LayerStatistics.of(routing)})
+        found = added(found, {routing.router.label: LayerStatistics.of(routing)})
     return found
-
-
-def _added(to: Mapping[str, LayerStatistics], more: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
-    return {**to, **{label: to[label] + layer if label in to else layer for label, layer in more.items()}}
 
 
 def _num_tokens(inputs: Mapping[str, Any]) -> int:
