@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,16 +75,22 @@ class Case:
 
     def double(self) -> Case:
         """The same numbers in float64."""
+        return self._with(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
-        def to(value):
+    def to(self, device: str) -> Case:
+        """The same on another device."""
+        return self._with(lambda tensor: tensor.to(device))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Case:
+        def changed(value):
             if isinstance(value, Tensor):
-                return value.double() if value.is_floating_point() else value
+                return change(value)
             if isinstance(value, tuple):
-                converted = [to(item) for item in value]
-                return type(value)(*converted) if hasattr(value, "_fields") else tuple(converted)
+                items = [changed(item) for item in value]
+                return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
             return value
 
-        return Case(*(to(getattr(self, name)) for name in self.__dataclass_fields__))
+        return Case(*(changed(getattr(self, name)) for name in self.__dataclass_fields__))
 
 
 def make_case(

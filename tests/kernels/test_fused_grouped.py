@@ -187,7 +187,12 @@ def test_a_gradient_of_tokens_that_nobody_needs_is_left_out(layout):
 def test_the_frozen_weights_are_multiplied_no_oftener_than_needed(options, products, monkeypatch):
     widths = []
     product = fused_grouped.grouped_mm
-    monkeypatch.setattr(fused_grouped, "grouped_mm", lambda x, w, o: widths.append(w.shape[1:]) or product(x, w, o))
+
+    def counted(x, weight, offsets, **how):
+        widths.append(weight.shape[1:])
+        return product(x, weight, offsets, **how)
+
+    monkeypatch.setattr(fused_grouped, "grouped_mm", counted)
     run(make_case(r=3, H=16, I=12), **options)
     assert sum(3 not in width for width in widths) == products
 
@@ -245,11 +250,11 @@ def test_compiles_without_a_graph_break(activation, weights_on_input):
 
 
 def test_what_is_not_needed_any_more_is_freed():
-    """The most that is alive at once: in the gate's backward, h, its gradient, that of the activation and two more."""
+    """The most that is alive at once: in the gate's backward, h, the activation, their gradients and two more."""
     case = make_case(T=256, K=8, E=8, H=96, I=32, r=1, dtype=torch.bfloat16)
     with _Alive() as alive:
         run(case, keep=False)
-    assert alive.peak < 8 * (256 * 8 * 32)
+    assert alive.peak < 9 * (256 * 8 * 32)
 
 
 class _Alive(TorchDispatchMode):

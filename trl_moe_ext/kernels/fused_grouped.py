@@ -15,6 +15,7 @@ from trl_moe_ext.kernels.dispatch import Dispatch
 from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Gradients, Kept
 from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm, grouped_outer
 from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.row_ops import add_low_rank, combine, gated, gated_backward, weight_gradient
 
 
 def forward(
@@ -33,19 +34,17 @@ def forward(
     """
     up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
     h, u_up = _first_projection(hidden, weights, frozen, up, None, dispatch)
-    a = frozen.gate.forward(h)
+    a = gated(frozen.gate, h)
     u_down = hidden.new_empty(0) if down is None else down.u(a)
     kept = Kept(h if keep else hidden.new_empty(0), u_up, u_down)
     del h
-    y = grouped_mm(a, frozen.down, dispatch.offsets)
+    y = _product(a, frozen.down, dispatch)
     del a
     if down is not None:
-        y += down.y(u_down)
+        down.add_y(y, u_down)
     if frozen.down_bias is not None:
         y += _with_zero(frozen.down_bias, y)[_experts(dispatch)]
-    if not frozen.weights_on_input:
-        y *= dispatch.rows(weights)
-    return dispatch.to_slots(y).sum(dim=1), kept
+    return combine(y, None if frozen.weights_on_input else weights, dispatch), kept
 
 
 def backward(
@@ -74,28 +73,27 @@ def backward(
     on_output = not frozen.weights_on_input
     up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
     h = kept.h if kept.h.numel() else _first_projection(hidden, weights, frozen, up, kept.up, dispatch)[0]
-    d_a, d_w, d_down = _through_down(grad, h, weights, kept, frozen, down, dispatch)
-    d_h = frozen.gate.backward(h, d_a)
-    del h, d_a
+    d_h, d_w, d_down = _through_down(grad, h, weights, kept, frozen, down, dispatch)
+    del h
 
     d_up = d_hidden = None
     if up is not None:
         v = up.v(d_h)
         d_B = up.dB(d_h, kept.up)
     if needs_hidden or not on_output:
-        dx = grouped_mm(d_h, frozen.up.mT, dispatch.offsets)
+        dx = _product(d_h, frozen.up.mT, dispatch)
         del d_h
         if up is not None:
-            dx += up.dx(v)
+            up.add_dx(dx, v)
         if not on_output:
-            d_w += dispatch.gather(hidden).mul_(dx).sum(dim=-1, dtype=d_w.dtype)
-            dx *= dispatch.rows(weights)
+            d_w = weight_gradient(dispatch.gather(hidden), dx, weights, dispatch)
         if needs_hidden:
-            d_hidden = dispatch.to_slots(dx).sum(dim=1)
+            d_hidden = combine(dx, None if on_output else weights, dispatch)
         del dx
     if up is not None:
         d_up = up.dA(v, _inputs(hidden, weights, frozen, dispatch)), d_B
 
+    assert d_w is not None  # it is on the output or on the input
     d_weights = d_w[dispatch.position].view(weights.shape)
     if on_output and frozen.down_bias is not None:
         d_weights += _biases_seen(grad, frozen.down_bias, dispatch)
@@ -110,31 +108,24 @@ def _through_down(
     frozen: Frozen,
     down: _Update | None,
     dispatch: Dispatch,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Back through the second projection.
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Back through the second projection and the activation.
 
     Returns:
-        ``(S, I)``, the gradient of the activation; ``(S,)``, that of the routing weights, as far as they are on the
-        output, without that of a bias; and that of the factors.
+        The gradient of h; ``(S,)``, that of the routing weights without that of a bias, None if they are on the
+        input; and that of the factors.
     """
-    w, on_output = dispatch.rows(weights), not frozen.weights_on_input
-    d_w = w.new_zeros(w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32))
-    d_down = None
+    w = None if frozen.weights_on_input else dispatch.rows(weights)
     g = dispatch.gather(grad)
-    d_a = grouped_mm(g, frozen.down.mT, dispatch.offsets)
+    d_a = _product(g, frozen.down.mT, dispatch)
     if down is not None:
         v = down.v(g)
-        d_a += down.dx(v)
+        down.add_dx(d_a, v)
         # The weight belongs to g; on the rank-sized tensors it costs next to nothing.
-        d_B = down.dB(g, (kept.down * w).to(g.dtype) if on_output else kept.down)
+        d_B = down.dB(g, kept.down if w is None else (kept.down * w).to(g.dtype))
     del g
-    a = frozen.gate.forward(h)
-    if down is not None:
-        d_down = down.dA(v.mul_(w) if on_output else v, a), d_B
-    if on_output:
-        d_w += a.mul_(d_a).sum(dim=-1, dtype=d_w.dtype)
-        d_a *= w
-    return d_a, d_w, d_down
+    d_h, a, d_w = gated_backward(frozen.gate, h, d_a, w, dispatch)
+    return d_h, d_w, None if down is None else (down.dA(v if w is None else v.mul_(w), a), d_B)
 
 
 class _Update:
@@ -153,16 +144,19 @@ class _Update:
             self._A, self._B = F.pad(self._A, (0, 0, 0, missing)), F.pad(self._B, (0, missing))
 
     def u(self, x: Tensor) -> Tensor:
-        return grouped_mm(self._dropped(x), self._A.mT, self._dispatch.offsets).mul_(self._factors.scaling)
+        return _product(self._dropped(x), self._A.mT, self._dispatch).mul_(self._factors.scaling)
 
-    def y(self, u: Tensor) -> Tensor:
-        return grouped_mm(u, self._B.mT, self._dispatch.offsets)
+    def add_y(self, rows: Tensor, u: Tensor) -> None:
+        add_low_rank(rows, u, self._B.mT, self._dispatch)
 
     def v(self, g: Tensor) -> Tensor:
-        return grouped_mm(g, self._B, self._dispatch.offsets).mul_(self._factors.scaling)
+        return _product(g, self._B, self._dispatch).mul_(self._factors.scaling)
 
-    def dx(self, v: Tensor) -> Tensor:
-        return self._dropped(grouped_mm(v, self._A, self._dispatch.offsets))
+    def add_dx(self, rows: Tensor, v: Tensor) -> None:
+        if self._factors.seed is None:
+            add_low_rank(rows, v, self._A, self._dispatch)
+        else:
+            rows += self._dropped(_product(v, self._A, self._dispatch))
 
     def dA(self, v: Tensor, x: Tensor) -> Tensor:  # noqa: N802
         dA = grouped_outer(v, self._dropped(x), self._dispatch.offsets)
@@ -188,13 +182,18 @@ def _first_projection(
     x = _inputs(hidden, weights, frozen, dispatch)
     if u is None:
         u = hidden.new_empty(0) if up is None else up.u(x)
-    h = grouped_mm(x, frozen.up, dispatch.offsets)
+    h = _product(x, frozen.up, dispatch)
     del x
     if up is not None:
-        h += up.y(u)
+        up.add_y(h, u)
     if frozen.up_bias is not None:
         h += _with_zero(frozen.up_bias, h)[_experts(dispatch)]
     return h, u
+
+
+def _product(rows: Tensor, weight: Tensor, dispatch: Dispatch) -> Tensor:
+    """Rows of no expert may hold anything after it: what they would get into leaves them out."""
+    return grouped_mm(rows, weight, dispatch.offsets, zero_tail=False)
 
 
 def _experts(dispatch: Dispatch) -> Tensor:
