@@ -23,6 +23,8 @@ LAYERS = {
     "tuners": 3,
     "reporting": 4,
     "bench": 4,
+    "bench.grpo": 6,
+    "export": 4,
     "sft": 5,
     "grpo": 5,
     "hosts": 6,

@@ -10,12 +10,24 @@ from typing import TYPE_CHECKING, Any
 from trl_moe_ext._version import __version__
 
 if TYPE_CHECKING:
+    from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
+    from trl_moe_ext.grpo.trainer import AsyncMoeGRPOTrainer
     from trl_moe_ext.sft import MoeSFTConfig, MoeSFTTrainer
     from trl_moe_ext.tuners.moe_lora import MoeLoraConfig, MoeLoraModel
 
-__all__ = ["MoeLoraConfig", "MoeLoraModel", "MoeSFTConfig", "MoeSFTTrainer", "__version__"]
+__all__ = [
+    "AsyncMoeGRPOConfig",
+    "AsyncMoeGRPOTrainer",
+    "MoeLoraConfig",
+    "MoeLoraModel",
+    "MoeSFTConfig",
+    "MoeSFTTrainer",
+    "__version__",
+]
 
 _HOME = {
+    "AsyncMoeGRPOConfig": "trl_moe_ext.grpo.config",
+    "AsyncMoeGRPOTrainer": "trl_moe_ext.grpo.trainer",
     "MoeLoraConfig": "trl_moe_ext.tuners.moe_lora",
     "MoeLoraModel": "trl_moe_ext.tuners.moe_lora",
     "MoeSFTConfig": "trl_moe_ext.sft",

@@ -13,6 +13,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from trl_moe_ext.experts.registry import ExpertsFamily
+    from trl_moe_ext.grpo.backends.protocol import RegisteredBackend
     from trl_moe_ext.kernels.registry import Kernel
     from trl_moe_ext.router.losses import RouterLoss
 
@@ -28,6 +29,7 @@ RECORD_TYPES = {
     "register_kernels": "trl_moe_ext.kernels.registry:Kernel",
     "register_experts_families": "trl_moe_ext.experts.registry:ExpertsFamily",
     "register_router_losses": "trl_moe_ext.router.losses:RouterLoss",
+    "register_rollout_backends": "trl_moe_ext.grpo.backends.protocol:RegisteredBackend",
 }
 
 
@@ -46,4 +48,10 @@ def register_experts_families() -> Sequence[ExpertsFamily]:
 @hookspec
 def register_router_losses() -> Sequence[RouterLoss]:
     """Losses on the routing, per layer over the global batch, each a `RouterLoss` with a unique `name`."""
+    raise NotImplementedError("a hook specification is never called")
+
+
+@hookspec
+def register_rollout_backends() -> Sequence[RegisteredBackend]:
+    """Where the completions of async GRPO come from, each a `RegisteredBackend` with a unique `name`."""
     raise NotImplementedError("a hook specification is never called")

@@ -31,6 +31,7 @@ BUILTINS = (
     ("builtin_kernels", "trl_moe_ext.kernels.builtin"),
     ("builtin_families", "trl_moe_ext.experts.families"),
     ("builtin_router_losses", "trl_moe_ext.router.builtin"),
+    ("builtin_rollout_backends", "trl_moe_ext.grpo.backends.builtin"),
 )
 
 

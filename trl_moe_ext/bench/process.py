@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,9 +40,20 @@ def errors_in_process(plan: Plan) -> dict[str, float] | Missing:
 
 
 def _run(task: str, plan: Plan) -> dict[str, Any] | Missing:
-    """The answer of a child process; what it wrote to stderr is shown if it failed."""
-    job = json.dumps({"task": task, "plan": asdict(plan)})
-    done = subprocess.run([sys.executable, "-m", __name__, job], capture_output=True, text=True)
+    return ask_child(__name__, {"task": task, "plan": asdict(plan)})
+
+
+def ask_child(module: str, job: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Any | Missing:
+    """The answer of a child process; what it wrote to stderr is shown if it failed.
+
+    Args:
+        module: is run with `job` as JSON as its only argument; the last line that it prints is the answer as JSON, or
+            says why the job is ``unavailable``.
+        job: what it is asked.
+        environment: of the child; by default that of this process.
+    """
+    command = [sys.executable, "-m", module, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return Missing(answer["unavailable"]) if "unavailable" in answer else answer

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from trl_moe_ext.cli.bench_grpo import grpo
+from trl_moe_ext.cli.bench_output import FAILURE_EXIT_CODE, JsonOption, RankOption, check_writable, fail_for
 from trl_moe_ext.cli.console import show
 from trl_moe_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl_moe_ext.bench.plan import Request
     from trl_moe_ext.bench.results import Results
-
-# A kernel differs, or a measurement failed: not a mistake of the user.
-FAILURE_EXIT_CODE = 1
 
 # The names in trl_moe_ext.bench.shapes and peers, which need torch: help must be quick. A test compares them.
 SHAPES = (
@@ -35,12 +34,10 @@ _PEERS_HELP = (
 ShapeOption = Annotated[str, typer.Option(help=f"One of {SHAPES}.")]
 TokensOption = Annotated[str, typer.Option(help="Tokens of a step: a number, or several separated by commas.")]
 DtypeOption = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")]
-RankOption = Annotated[int, typer.Option(min=1, help="Of all low-rank factors.")]
 PeersOption = Annotated[str, typer.Option(help=_PEERS_HELP, show_default=False)]
 RoundsOption = Annotated[int, typer.Option(min=1, help="How often each peer is measured, in a new process each time.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Timed steps in a round, after two to warm up.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; a GPU if there is one.")]
-JsonOption = Annotated[str | None, typer.Option("--json", help="File for everything; - prints it and no table.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="PNG file for a picture of time and memory.")]
 CheckpointingOption = Annotated[
     bool,
@@ -97,6 +94,9 @@ bench.command("layer", help="A step of one decoder layer, between an embedding a
 )
 
 
+bench.command()(grpo)
+
+
 @bench.command()
 def step(
     model: Annotated[str, typer.Argument(help="Directory of a checkpoint with routed experts.")],
@@ -139,7 +139,7 @@ def _bench(request: Request, json_path: str | None, plot: Path | None) -> None:
     from trl_moe_ext.bench.run import run
 
     for path in (json_path if json_path != "-" else None, plot):
-        _check_writable(path)
+        check_writable(path)
     results = run(request, sizes_of(request), say=lambda text: typer.echo(text, nl=False, err=True))
     facts = machine(request.device)
     text = json.dumps({**results.as_dict(), **facts}, indent=2)
@@ -151,10 +151,7 @@ def _bench(request: Request, json_path: str | None, plot: Path | None) -> None:
             Path(json_path).write_text(text + "\n")
     if plot is not None:
         _plot(results, facts, plot)
-    for failure in results.failures:
-        typer.echo(f"trl-moe: error: {failure}", err=True)
-    if results.failures:
-        raise typer.Exit(FAILURE_EXIT_CODE)
+    fail_for(results.failures)
 
 
 def _tell(results: Results, facts: dict[str, Any]) -> None:
@@ -204,13 +201,3 @@ def _numbers(words: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--tokens {words!r} is not a list of numbers above zero, such as 128,512,2048")
     return tuple(dict.fromkeys(map(int, parts)))
-
-
-def _check_writable(path: str | Path | None) -> None:
-    """Refuse a file that could not be written when all is measured."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise ConfigError(f"{path} is a directory; give the name of a file")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"{Path(path).absolute().parent} is not a directory: {path} cannot be written")

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from trl_moe_ext._version import __version__
 from trl_moe_ext.cli.ask import ask
+from trl_moe_ext.cli.async_grpo import CONTEXT, async_grpo
 from trl_moe_ext.cli.bench import bench
 from trl_moe_ext.cli.inspect import inspect
 from trl_moe_ext.cli.plugins import plugins
@@ -43,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(ask)
+app.command(context_settings=CONTEXT)(async_grpo)
 app.add_typer(bench)
 app.command()(inspect)
 app.command()(plugins)
@@ -71,3 +73,7 @@ def options(
 def main() -> None:
     """Run the command line; the process exits with 0, with 2 after a user's mistake, or with a traceback."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from trl.trainer.model_config import ModelConfig
 
 from trl_moe_ext.errors import MoeExtError, near_matches
 from trl_moe_ext.hosts import trl as host
+from trl_moe_ext.hosts import trl_grpo_options as grpo_options
 from trl_moe_ext.hosts import trl_sft_options as sft_options
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
 from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
@@ -44,6 +45,7 @@ class MoeTrlParser(TrlParser):  # type: ignore[misc]
             if any(isinstance(output, MoeModelConfig) for output in outputs):
                 host.add_run_summary()
                 host.use_moe_sft_trainer()
+                grpo_options.bound_cache(host.training_script())
         except MoeExtError as error:
             self._refuse(str(error))
         return outputs

@@ -126,9 +126,7 @@ def _gate_of(h, column, inside, width, alpha, limit, ACT: tl.constexpr, FORM: tl
 
 
 @triton.jit
-def _gated_kernel(
-    h, a, width, stride, alpha, limit, ACT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gated_kernel(h, a, width, stride, alpha, limit, ACT: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     h += row * stride
     for start in range(0, width, BLOCK):

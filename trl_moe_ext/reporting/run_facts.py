@@ -22,7 +22,9 @@ _TRAINING = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
     *("max_length", "packing", "padding_free", "assistant_only_loss", "completion_only_loss", "loss_type"),
-    *("beta", "num_generations", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("beta", "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "reward_weights"),
+    *("rollout_backend", "max_staleness", "weight_sync_steps", "max_inflight_tasks", "importance_correction"),
+    *("importance_level", "importance_cap", "routing_replay", "label_smoothing_factor", "neftune_noise_alpha"),
     *("bf16", "fp16", "gradient_checkpointing", "torch_compile", "use_liger_kernel", "seed"),
 )
 # Always worth a line, also at their default; the other options of an adapter are told when they are not.

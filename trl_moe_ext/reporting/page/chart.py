@@ -10,7 +10,7 @@ from typing import Any
 from trl_moe_ext.reporting.page.numbers import figure
 from trl_moe_ext.reporting.page.ticks import axis_range, step_ticks, ticks
 
-__all__ = ["Chart", "Line", "Points", "line_chart", "points_of"]
+__all__ = ["Chart", "Line", "Points", "line_chart", "logged_chart", "points_of"]
 
 Points = Sequence[tuple[float, float]]
 
@@ -93,6 +93,12 @@ def line_chart(title: str, lines: Sequence[Line], unit: str = "", is_from_zero: 
         summary="; ".join(f"{line.label or title}: {_first_to_last(line)}" for line in told),
         data={"x": x, "lines": [_data(line) for line in told]},
     )
+
+
+def logged_chart(rows: Sequence[Mapping[str, Any]], title: str, unit: str, keys: Sequence[str]) -> Chart | None:
+    """A chart of one line: the first of `keys` that the logs have values of; None if they have none."""
+    charts = (line_chart(title, [Line("", points_of(rows, key))], unit) for key in keys)
+    return next((chart for chart in charts if chart is not None), None)
 
 
 def _step_range(first: float, last: float) -> tuple[float, float]:

@@ -13,6 +13,9 @@ from trl_moe_ext.reporting.run_record import RunRecord
 
 __all__ = ["Head", "head"]
 
+_OF_A_MODEL = (("loss", "Training loss"), ("eval_loss", "Evaluation loss"))
+_OF_A_POLICY = (("reward", "Reward"), ("eval_reward", "Reward in evaluation"))
+
 
 @dataclass(frozen=True)
 class Head:
@@ -63,7 +66,9 @@ def _dates(record: RunRecord) -> str:
 
 def _figures(record: RunRecord) -> list[Figure]:
     figures = []
-    for key, label in (("loss", "Training loss"), ("eval_loss", "Evaluation loss")):
+    # The loss of a policy says nothing about how good it is.
+    is_policy = bool(points_of(record.log_history, "reward"))
+    for key, label in _OF_A_POLICY if is_policy else _OF_A_MODEL:
         points = points_of(record.log_history, key)
         if points:
             figures.append(Figure(label, figure(points[-1][1]), f"from {figure(points[0][1])}"))

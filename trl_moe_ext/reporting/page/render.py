@@ -11,12 +11,15 @@ from markupsafe import Markup, escape
 from trl_moe_ext._version import __version__
 from trl_moe_ext.reporting.page.key_figures import head
 from trl_moe_ext.reporting.page.run_files import RunFiles
-from trl_moe_ext.reporting.page.sections import adapted, cost, drift, loss, router, settings
+from trl_moe_ext.reporting.page.sections import adapted, cost, drift, loss, rewards, rollout, router, settings
 
 __all__ = ["render_page"]
 
 _TEMPLATES = Path(__file__).parent / "template"
-_SECTIONS = (loss.section, router.section, drift.section, adapted.section, cost.section, settings.section)
+_SECTIONS = (
+    *(rewards.section, rollout.section),  # of GRPO: not there in another run
+    *(loss.section, router.section, drift.section, adapted.section, cost.section, settings.section),
+)
 
 
 def render_page(run: RunFiles) -> str:
@@ -36,7 +39,7 @@ def render_page(run: RunFiles) -> str:
     environment.filters["code"] = _code
     return environment.get_template("page.html").render(
         head=head(run),
-        sections=[section(run) for section in _SECTIONS],
+        sections=[made for section in _SECTIONS if (made := section(run)) is not None],
         style=own["style.css"],
         script=own["script.js"],
         version=__version__,

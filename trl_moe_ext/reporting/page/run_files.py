@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.reporting.page.completions import CompletionsAtStep, read_completions
+from trl_moe_ext.reporting.rollout_files import TIMELINE_PICTURE
 from trl_moe_ext.reporting.run_record import RECORD_FILE, RunRecord
 from trl_moe_ext.router.history import HISTORY_FILE, RouterHistory
 
@@ -23,13 +25,17 @@ class RunFiles:
         name: of the directory.
         record: the record of the run.
         history: the load of the experts; empty if it was not recorded.
-        note: what the report lacks, if it was made from a checkpoint.
+        note: what the report lacks, if it was made from a checkpoint or a file of it is damaged.
+        completions: some that a GRPO run has kept.
+        timeline: the picture of an asynchronous run, PNG; None for another run.
     """
 
     name: str
     record: RunRecord
     history: RouterHistory
     note: str = ""
+    completions: list[CompletionsAtStep] = field(default_factory=list)
+    timeline: bytes | None = None
 
 
 def read_run(directory: Path) -> RunFiles:
@@ -43,7 +49,11 @@ def read_run(directory: Path) -> RunFiles:
     name = directory.resolve().name
     history = RouterHistory.load(directory / HISTORY_FILE)
     if (directory / RECORD_FILE).is_file():
-        return RunFiles(name, RunRecord.load(directory / RECORD_FILE), history)
+        record = RunRecord.load(directory / RECORD_FILE)
+        completions, note = read_completions(directory, record.step)
+        picture = directory / TIMELINE_PICTURE
+        timeline = picture.read_bytes() if picture.is_file() else None
+        return RunFiles(name, record, history, note, completions, timeline)
     if (directory / _STATE_FILE).is_file():
         record = RunRecord.from_trainer_state(directory / _STATE_FILE)
         name = f"{directory.resolve().parent.name}, {name}" if name.startswith("checkpoint-") else name

@@ -12,7 +12,6 @@ from trl_moe_ext.reporting.page.section import Section
 
 # Of the log: key, title and unit of the small charts.
 _OTHERS = (
-    ("reward", "Reward", ""),
     ("mean_token_accuracy", "Tokens predicted right", "share"),
     ("grad_norm", "Norm of the gradient", "before clipping"),
     ("learning_rate", "Learning rate", ""),

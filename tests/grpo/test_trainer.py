@@ -1,0 +1,261 @@
+"""Async GRPO from end to end with a generator in memory: what is synced, trained on, counted and refused."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from tests.grpo.fakes import FakeBackend
+from tests.grpo.trainer_runs import MODEL, PROMPTS, draw, make_trainer, settings
+from trl_moe_ext import AsyncMoeGRPOTrainer, MoeLoraConfig
+from trl_moe_ext.errors import ConfigError, MoeExtError, PluginError
+from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
+from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest
+from trl_moe_ext.grpo.trl_async import AsyncGRPOTrainer, trainer_module
+
+
+class RecordingBackend(FakeBackend):
+    """Keeps the weights of every adapter that it was given."""
+
+    def __init__(self, **options):
+        super().__init__(complete=options.pop("complete", draw), **options)
+        self.given: dict[int, dict[str, torch.Tensor]] = {}
+
+    def start(self, adapter: AdapterSnapshot) -> None:
+        super().start(adapter)
+        self.given[adapter.version] = dict(adapter.tensors)
+
+    def load_adapter(self, adapter: AdapterSnapshot) -> None:
+        super().load_adapter(adapter)
+        self.given[adapter.version] = dict(adapter.tensors)
+
+
+def logged(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 4])
+def test_a_run(max_staleness, tmp_path):
+    """With staleness 0 the generator may make no sample more than the step at hand needs."""
+    backend = RecordingBackend()
+    trainer = make_trainer(tmp_path, backend, learning_rate=1e-2, max_staleness=max_staleness)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert backend.starts == [0]
+    assert [*backend.given] == [*range(len(backend.given))], "each version once, in order"
+    assert logged(trainer, "batch/samples_per_step") == [8, 8, 8]
+    assert logged(trainer, "batch/groups_per_step") == [2, 2, 2]
+    assert max(logged(trainer, "sample/staleness_max")) <= max_staleness
+    assert backend.pid is None
+    assert backend.stops
+    assert trainer.rollout_worker.state()["first_undone"] == 6
+    assert (tmp_path / "async_timeline.jsonl").is_file()
+    lanes = {json.loads(line).get("lane") for line in (tmp_path / "async_timeline.jsonl").read_text().splitlines()}
+    assert "trainer" in lanes
+
+
+def test_the_adapter_that_travels_is_the_one_that_is_trained(tmp_path):
+    backend = RecordingBackend()
+    trainer = make_trainer(tmp_path, backend, learning_rate=1e-2, max_staleness=0)
+    before = {n: t.clone() for n, t in get_peft_model_state_dict(trainer.model).items()}
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in backend.given[0].items()), "not overwritten since"
+    # The last version may have had no time to arrive before the end.
+    newest = trainer.rollout_worker._snapshot
+    assert newest.version == 3
+    after = get_peft_model_state_dict(trainer.model)
+    assert after.keys() == newest.tensors.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in newest.tensors.items())
+    assert not all(torch.equal(before[name], tensor) for name, tensor in newest.tensors.items())
+
+
+def test_fewer_syncs_than_steps(tmp_path):
+    trainer = make_trainer(tmp_path, weight_sync_steps=2, max_steps=4)
+    trainer.train()
+    assert trainer.model_version == 2
+
+
+def test_rows_by_tokens(tmp_path):
+    """Rows within a budget, which groups may straddle; every prompt is done once all the same."""
+    trainer = make_trainer(tmp_path, token_budget=20, max_staleness=0)
+    trainer.train()
+    assert max(logged(trainer, "batch/row_tokens_max")) <= 20
+    assert trainer.state.global_step == 3
+
+
+def test_an_epoch_is_every_prompt_once_and_skipped_ones_count(tmp_path):
+    """Ten prompts, of which every second has completions of one reward; four that are useful make two steps of two."""
+    prompts = Dataset.from_dict({"prompt": [f"what is {n}" for n in range(8)], "useful": [n % 2 for n in range(8)]})
+
+    def reward(completion_ids, useful, **columns):
+        return [float(at) if useful[0] else 1.0 for at in range(len(completion_ids))]
+
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1, train_dataset=prompts, reward_funcs=reward)
+    trainer.train()
+    state = trainer.rollout_worker.state()
+    assert trainer.state.global_step <= 3
+    assert state["num_done"] >= 8
+    assert trainer.state.log_history[-1]["step"] == trainer.state.global_step
+    assert all(groups <= 2 for groups in logged(trainer, "batch/groups_per_step")), "skipped ones are not trained on"
+
+
+def test_trls_own_parts_are_where_they_are_looked_for(tmp_path):
+    """What is overridden or read is private to TRL: a release that moves it has to be noticed."""
+    made = inspect.getsource(AsyncGRPOTrainer.__init__)
+    assert "StepIntervalCallback(self._sync_weight" in made
+    assert "_sync_weight()" in inspect.getsource(trainer_module._TrainBeginCallback)
+    accounting = inspect.getsource(AsyncGRPOTrainer._log_step_metrics)
+    trainer = make_trainer(tmp_path)
+    for name in (
+        "_step_forward_tokens",
+        "_step_trained_tokens",
+        "_step_seq_len_weighted",
+        "_step_samples",
+        "_step_forward_s",
+        "_last_groups_trained",
+        "_trained_groups",
+    ):
+        assert f"self.{name}" in accounting
+        assert hasattr(trainer, name)
+    for name in ("aux_loss_enabled", "router_aux_loss_coef", "_groups_before_resume", "_adapter_name", "_metrics"):
+        assert hasattr(trainer, name)
+
+
+def test_accounting_is_that_of_trls_own_loss(tmp_path):
+    """The figures of a step do not depend on who computes its loss."""
+    names = [f"batch/{name}_per_step" for name in ("forwarded_tokens", "trained_tokens", "samples", "microbatches")]
+    found = {}
+    for correction in ("none", "tis"):
+        trainer = make_trainer(tmp_path / correction, importance_correction=correction, max_steps=1)
+        trainer.train()
+        found[correction] = [logged(trainer, name) for name in names]
+        assert logged(trainer, "perf/forwarded_tok_s_fwd_bwd")[0] > 0
+    assert found["none"] == found["tis"]
+
+
+def test_completions_are_kept(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions_00001.parquet"]
+
+
+def test_a_second_training_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    with pytest.raises(MoeExtError, match="make a new trainer"):
+        trainer.train()
+
+
+def test_a_backend_that_never_starts_ends_the_run_with_its_cause(tmp_path):
+    class Broken(FakeBackend):
+        def start(self, adapter):
+            raise ConfigError("this can't be generated with")
+
+    trainer = make_trainer(tmp_path, Broken())
+    with pytest.raises(MoeExtError, match="this can't be generated with"):
+        trainer.train()
+    assert not [*tmp_path.glob("checkpoint-*")], "nothing was trained yet"
+
+
+def test_samples_end_and_a_checkpoint_is_written(tmp_path):
+    """The worker gives up in the midst of a run: what was trained is not lost."""
+    count = iter(range(100))
+
+    def complete(request: GenerationRequest, asked: int, version: int) -> Generation:
+        if next(count) >= 12:
+            raise MemoryError("no more")
+        return draw(request, asked, version)
+
+    trainer = make_trainer(tmp_path, FakeBackend(complete=complete), max_rollout_restarts=0, max_staleness=0)
+    with pytest.raises(MoeExtError):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    folder = tmp_path / "checkpoint-1"
+    assert (folder / "trainer_state.json").is_file()
+    assert json.loads((folder / "rollout_state.json").read_text())["worker"]["num_done"] == 2
+
+
+def dataset(**options):
+    return {"train_dataset": Dataset.from_dict(options)}
+
+
+REFUSED = {
+    "no adapter": ({"peft_config": None}, "only an adapter travels"),
+    "a stream": ({"train_dataset": PROMPTS.to_iterable_dataset()}, "without streaming"),
+    "no prompts": (dataset(text=["a"]), "column 'prompt'"),
+    "no reward": ({"reward_funcs": []}, "reward_funcs is empty"),
+    "a reward model": ({"reward_funcs": "some/model"}, "give a function that calls it"),
+    "groups that straddle steps": ({"num_generations": 3}, "no multiple of num_generations=3"),
+    "no budget": ({"token_budget": None}, "token_budget=None"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_model_is_loaded(case, monkeypatch, tmp_path):
+    options, message = REFUSED[case]
+    monkeypatch.setattr(trainer_module, "create_model_from_path", lambda *a, **k: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tools": [print]}, "TRL's own AsyncGRPOTrainer"),
+        ({"environment_factory": object}, "TRL's own AsyncGRPOTrainer"),
+        ({"rollout_backend": "local"}, "A name goes into the options"),
+    ],
+    ids=["tools", "environment", "backend by name"],
+)
+def test_other_arguments_that_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        AsyncMoeGRPOTrainer(str(MODEL), print, settings(tmp_path), PROMPTS, peft_config=LoraConfig(), **arguments)
+
+
+def test_a_model_that_is_no_path_is_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ConfigError, match="which the generator can load too"):
+        AsyncMoeGRPOTrainer(model, print, settings(tmp_path), PROMPTS, peft_config=LoraConfig())
+
+
+def test_an_unknown_backend_and_one_without_routes(tmp_path):
+    with pytest.raises(PluginError, match="did you mean"):
+        AsyncMoeGRPOTrainer(
+            str(MODEL), print, settings(tmp_path, rollout_backend="locale"), PROMPTS, peft_config=LoraConfig()
+        )
+    with pytest.raises(ConfigError, match="routing_replay needs a backend that records routes"):
+        AsyncMoeGRPOTrainer(
+            str(MODEL),
+            print,
+            settings(tmp_path, rollout_backend="vllm", routing_replay=True),
+            PROMPTS,
+            peft_config=LoraConfig(),
+        )
+
+
+def test_what_is_trained_and_would_not_travel_is_refused(monkeypatch, tmp_path):
+    """A bias that someone has set free, say."""
+    stock = trainer_module.get_peft_model
+
+    def with_free_norm(model, config):
+        found = stock(model, config)
+        next(p for name, p in found.named_parameters() if "norm" in name).requires_grad_(True)
+        return found
+
+    monkeypatch.setattr(trainer_module, "get_peft_model", with_free_norm)
+    with pytest.raises(ConfigError, match=r"norm\.weight' is trained .*no part of the adapter"):
+        make_trainer(tmp_path)
+
+
+def test_modules_that_are_saved_with_the_adapter_travel(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=MoeLoraConfig(r=2, router_mode="full", modules_to_save=["norm"]))
+    trainer._sync_weight()
+    names = trainer.rollout_worker._snapshot.tensors
+    assert any(name.endswith("norm.weight") for name in names)
+    assert any(".mlp.gate." in name for name in names)

@@ -1,0 +1,1 @@
+"""An adapter in the layouts that servers read."""

@@ -1,0 +1,171 @@
+"""An adapter as vLLM reads it: a plain LoRA with a pair of factors for each projection of each expert ("2D").
+
+    model.layers.0.mlp.experts.7.gate_proj.lora_A.weight   (r, in)
+    model.layers.0.mlp.experts.7.gate_proj.lora_B.weight   (out, r)
+
+under PEFT's ``base_model.model.``. vLLM knows one scaling, ``lora_alpha / r`` of the config, and takes factors of any
+rank up to its ``--max-lora-rank``. So the config has the largest rank and the scaling of the experts, and layers with
+another scaling have the difference in their B. Patterns of ranks and scalings, which newer versions read and older
+ones pass over in silence, are not used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trl_moe_ext._version import __version__
+from trl_moe_ext.errors import AdapterFileError
+from trl_moe_ext.export.skeleton import adapted_skeleton
+from trl_moe_ext.export.vllm_layers import AdaptedLayers, read_layers, split_rows
+from trl_moe_ext.files import write_atomically
+
+__all__ = ["VllmAdapterWriter", "convert_adapter", "export_adapter"]
+
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+
+
+def export_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> VllmAdapterWriter:
+    """Write an adapter of `model` into `folder`, and return what wrote it: its `rank` is what vLLM has to allow.
+
+    Raises:
+        ConfigError: the layout can't hold the adapter.
+        AdapterFileError: its weights are not finite.
+    """
+    from peft import get_peft_model_state_dict
+
+    writer = VllmAdapterWriter(model, adapter_name)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    writer.write(state, folder)
+    return writer
+
+
+def convert_adapter(
+    source: str | Path, folder: str | Path, model_init_kwargs: dict[str, Any] | None = None
+) -> VllmAdapterWriter:
+    """The same for an adapter that PEFT saved in `source`; of its base model only the config is read.
+
+    Raises:
+        ConfigError: the layout can't hold the adapter.
+        AdapterFileError: tensors are missing, not of the model, of another shape or not finite.
+    """
+    config = PeftConfig.from_pretrained(str(source))
+    writer = VllmAdapterWriter(adapted_skeleton(config.base_model_name_or_path, config, model_init_kwargs))
+    writer.write(load_file(Path(source, _WEIGHTS)), folder)
+    return writer
+
+
+class VllmAdapterWriter:
+    """Writes versions of one adapter.
+
+    Args:
+        model: with the adapter; only its structure is used, so it may be on the meta device.
+
+    Attributes:
+        rank: the largest rank in the files.
+        has_experts: whether routed experts are adapted.
+
+    Raises:
+        ConfigError: the layout can't hold the adapter; what it can't hold is named.
+    """
+
+    def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
+        self._layers: AdaptedLayers = read_layers(model, adapter_name)
+        self._base_model = model.peft_config[adapter_name].base_model_name_or_path
+        self.rank: int = self._layers.rank
+        self.has_experts = bool(self._layers.experts)
+
+    def write(self, state: Mapping[str, Tensor], folder: str | Path) -> None:
+        """Write `state`, named as `peft.get_peft_model_state_dict` does, into `folder`; the config, read first, last.
+
+        Raises:
+            AdapterFileError: tensors are missing, unknown, of another shape or not finite.
+            OSError: the folder can't be written.
+        """
+        self._check(state)
+        tensors = {f"{_PREFIX}{name}.weight": tensor for name, tensor in self._tensors(state)}
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / _CONFIG).unlink(missing_ok=True)  # an old one would describe the new weights
+        unfinished = target / f".{_WEIGHTS}.{os.getpid()}"
+        try:
+            save_file(tensors, unfinished, metadata={"format": "pt", "layout": "vllm-2d", "saved_with": _saved_with()})
+            os.replace(unfinished, target / _WEIGHTS)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        write_atomically(target / _CONFIG, json.dumps(self._config(), indent=2) + "\n")
+
+    def _config(self) -> dict[str, Any]:
+        hub = self._layers.names
+        names = [*(hub.linears[path] for path in self._layers.linears), *hub.experts.values()]
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self._base_model,
+            "r": self.rank,
+            "lora_alpha": self._layers.scaling * self.rank,
+            "target_modules": sorted({name.rpartition(".")[2] for name in names}),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "modules_to_save": None,
+            "inference_mode": True,
+            "saved_with": _saved_with(),
+        }
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        expected = {_PREFIX + key: shape for key, shape in self._layers.shapes.items()}
+        problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
+        problems += [f"{key} is unknown" for key in state.keys() - expected.keys()]
+        for key in expected.keys() & state.keys():
+            if tuple(state[key].shape) != expected[key]:
+                problems.append(f"{key} is {tuple(state[key].shape)} instead of {expected[key]}")
+            elif not torch.isfinite(state[key]).all():
+                problems.append(f"{key} holds NaN or infinite values")
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise AdapterFileError(
+                f"these are not the weights of an adapter of this model: {'; '.join(sorted(problems)[:3])}{more}. "
+                "Give all tensors of one adapter, as it was saved"
+            )
+
+    def _tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name without ``.weight``, and factor."""
+        layers = self._layers
+        for path, scaling in layers.linears.items():
+            name = layers.names.linears[path]
+            yield f"{name}.lora_A", state[f"{_PREFIX}{path}.lora_A.weight"].clone()
+            yield f"{name}.lora_B", _scaled(state[f"{_PREFIX}{path}.lora_B.weight"], scaling / layers.scaling)
+        for path, (layout, scaling) in layers.experts.items():
+            for projection in layout.projections:
+                A = state.get(f"{_PREFIX}{path}.lora_A.{projection.name}")
+                B = state.get(f"{_PREFIX}{path}.lora_B.{projection.name}")
+                if A is None or B is None:
+                    # vLLM wants all projections of an expert that it adapts: this one is adapted by nothing.
+                    A = torch.zeros(layout.num_experts, 1, projection.in_features)
+                    B = torch.zeros(layout.num_experts, projection.out_features, 1)
+                for part, rows in split_rows(B, projection, layout):
+                    for expert in range(layout.num_experts):
+                        name = layers.names.experts[path, expert, part]
+                        yield f"{name}.lora_A", A[expert].clone()
+                        yield f"{name}.lora_B", _scaled(rows[expert], scaling / layers.scaling)
+
+
+def _scaled(B: Tensor, factor: float) -> Tensor:
+    """In the memory of its own that a file wants; in float32 if numbers change, so that nothing is rounded twice."""
+    return B.clone(memory_format=torch.contiguous_format) if factor == 1 else B.float() * factor
+
+
+def _saved_with() -> str:
+    return f"trl_moe_ext {__version__}"

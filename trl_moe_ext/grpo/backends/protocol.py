@@ -1,0 +1,209 @@
+"""What a rollout backend is: it generates completions with the adapter that it was last given.
+
+A backend knows nothing of prompts as text, groups, rewards or training: it is asked for completions of token ids and
+hands back token ids with the log-probabilities that they were drawn with. All calls come from one thread. A backend
+that fails is started again by its caller, which also asks again for what it had not finished: a backend keeps no
+promises beyond its own life, and never restarts itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trl_moe_ext.errors import MoeExtError
+from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
+from trl_moe_ext.router.record import RoutingRecord
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
+
+__all__ = [
+    "BackendContext",
+    "BackendDeadError",
+    "BackendError",
+    "BackendHungError",
+    "BackendOutOfMemoryError",
+    "Generation",
+    "GenerationRequest",
+    "RegisteredBackend",
+    "RolloutBackend",
+    "Sampling",
+    "Segment",
+]
+
+
+class BackendError(MoeExtError):
+    """The backend can't go on; its caller may start it again."""
+
+
+class BackendDeadError(BackendError):
+    """The process or the server is gone."""
+
+
+class BackendHungError(BackendError):
+    """It is there, has work, and has not been heard of for too long."""
+
+
+class BackendOutOfMemoryError(BackendError):
+    """It ran out of memory; asked for less at a time it may go on."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every completion of a run is drawn; names and meanings are those of TRL's config.
+
+    Attributes:
+        top_k: 0 for all tokens.
+        eos_token_ids: each of them ends a completion, and is its last token.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One completion that is asked for.
+
+    Attributes:
+        id: unique in the run; asked for again, after a restart, under the same id.
+        prompt_ids: at least one token.
+        seed: of this completion, for backends that can use it.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens in a row that one version of the adapter drew."""
+
+    model_version: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished completion.
+
+    Attributes:
+        token_ids: ``C`` tokens that were drawn, at least one, with the end-of-sequence token if it was drawn.
+        log_probs: ``C`` natural logarithms of the probabilities that the tokens had when they were drawn, after
+            temperature and whatever else shapes the distribution.
+        segments: which version drew which of them, in order; their `num_tokens` add up to ``C``.
+        routes: of all tokens of prompt and completion, if the backend was asked to record them; the last token, which
+            the model was never run on, is not recorded.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    segments: tuple[Segment, ...]
+    routes: RoutingRecord | None = None
+
+    @property
+    def model_version(self) -> int:
+        """The oldest version that drew one of the tokens."""
+        return min(segment.model_version for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a backend is made from.
+
+    Attributes:
+        model_path: folder or Hub id of the base model that is trained.
+        model_init_kwargs: of `from_pretrained`, with `dtype`, for a generator that computes as the trainer does.
+        peft_config: of the adapter that is trained.
+        args: all options of the run.
+        output_dir: of the run; a backend's files go below ``output_dir/rollout``.
+        record_routes: whether `Generation.routes` is wanted.
+    """
+
+    model_path: str
+    model_init_kwargs: dict[str, Any]
+    peft_config: PeftConfig
+    sampling: Sampling
+    args: AsyncMoeGRPOConfig
+    output_dir: str
+    record_routes: bool = False
+    pad_token_id: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class RolloutBackend(ABC):
+    """Generates completions. All methods are called from one thread, but `pid`, which any thread may read."""
+
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """Of the process that generates; None before `start`, after `stop`, and for a server somewhere else."""
+
+    @abstractmethod
+    def start(self, adapter: AdapterSnapshot) -> None:
+        """Start, or start afresh whatever the state: returns when it can generate with `adapter`.
+
+        Raises:
+            BackendError: it did not start; it has left nothing running.
+            ConfigError: it never will, with these options.
+        """
+
+    @abstractmethod
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Ask for completions; returns at once.
+
+        Raises:
+            BackendError: it can't go on.
+        """
+
+    @abstractmethod
+    def collect(self, timeout: float) -> list[Generation]:
+        """What has been finished since the last call, waiting at most `timeout` seconds for the first; maybe nothing.
+
+        Raises:
+            BackendError: it can't go on, hung included: this call is where a backend tells so.
+        """
+
+    @abstractmethod
+    def load_adapter(self, adapter: AdapterSnapshot) -> None:
+        """Generate with `adapter` from now on; returns when its arrival is verified and it is in use.
+
+        What is being generated is not lost: it goes on with the new adapter, with a segment each, or ends with the
+        old one.
+
+        Raises:
+            BackendError: it can't go on.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Leave no process and no file handle behind; again it does nothing. Never raises for a backend that died."""
+
+
+@dataclass(frozen=True)
+class RegisteredBackend:
+    """A rollout backend as a plug-in offers it.
+
+    Attributes:
+        name: what `rollout_backend` names.
+        description: one line for `trl-moe plugins`.
+        make: makes the backend, without starting it; raises ConfigError for options that it can't serve.
+        records_routes: whether it can fill `Generation.routes`.
+    """
+
+    name: str
+    description: str
+    make: Callable[[BackendContext], RolloutBackend]
+    records_routes: bool = False

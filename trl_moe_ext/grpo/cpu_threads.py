@@ -1,0 +1,43 @@
+"""The cores of a machine without a GPU, shared by the trainer and its generator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trl_moe_ext.errors import ConfigError
+
+__all__ = ["share_of_trainer", "threads_of_trainer"]
+
+
+def share_of_trainer(cores: int, generator_threads: int | None, processes: int = 1) -> int:
+    """Threads of each process of the trainer: the cores that the generator leaves, at least one.
+
+    Args:
+        cores: that the processes may use.
+        generator_threads: half of the cores by default.
+        processes: of the trainer on this machine.
+
+    Raises:
+        ConfigError: the generator is to have no thread.
+    """
+    if generator_threads is None:
+        generator_threads = max(1, cores // 2)
+    if generator_threads < 1:
+        raise ConfigError(f"rollout_num_threads={generator_threads} should be 1 or more, or left out")
+    return max(1, (cores - generator_threads) // processes)
+
+
+@contextmanager
+def threads_of_trainer(generator_threads: int | None, processes: int) -> Iterator[None]:
+    """The trainer's share while inside, and no more than it had before."""
+    before = torch.get_num_threads()
+    share = share_of_trainer(len(os.sched_getaffinity(0)), generator_threads, processes)
+    torch.set_num_threads(min(before, share))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
