@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.grpo.fakes import FakeBackend
 from trl_moe_ext import __version__, hookspecs, plugins
 from trl_moe_ext.errors import PluginError
 from trl_moe_ext.experts.registry import ExpertsFamily
+from trl_moe_ext.grpo.backends.protocol import RegisteredBackend
 from trl_moe_ext.hookspecs import hookimpl
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import PluginHost, PluginWarning
@@ -109,6 +111,13 @@ def test_register_router_losses(install: Callable[..., PluginHost]) -> None:
     assert host.lookup("register_router_losses", "tomorrow") is record
 
 
+def test_register_rollout_backends(install: Callable[..., PluginHost]) -> None:
+    record = RegisteredBackend("tomorrow", "completions of tomorrow", make=lambda context: FakeBackend())
+    plug_in = with_functions(renamed(hookimpl(lambda: [record]), "register_rollout_backends"))
+    host = install(FakeEntryPoint("tomorrow", "tomorrow-dist", plug_in))
+    assert host.lookup("register_rollout_backends", "tomorrow") is record
+
+
 def test_every_hook_has_a_test_and_a_record_type() -> None:
     assert list(hookspecs.RECORD_TYPES) == HOOKS
     assert not [hook for hook in HOOKS if f"test_{hook}" not in globals()]
@@ -117,6 +126,7 @@ def test_every_hook_has_a_test_and_a_record_type() -> None:
 def test_the_builtins_come_through_the_hook() -> None:
     assert {"grouped", "reference"} <= set(PluginHost().records("register_kernels"))
     assert {"load_balancing", "z_loss", "drift_kl"} <= set(PluginHost().records("register_router_losses"))
+    assert {"local", "vllm"} <= set(PluginHost().records("register_rollout_backends"))
 
 
 def renamed(hook: Callable[..., object], name: str) -> Callable[..., object]:

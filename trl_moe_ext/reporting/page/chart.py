@@ -64,6 +64,11 @@ def points_of(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, 
     return [(step, float(v)) for step, v in values if isinstance(v, int | float) and math.isfinite(v)]
 
 
+def reward_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Steps and mean rewards: of all completions that were scored where that is logged, else of those trained on."""
+    return points_of(rows, "rollout/reward") or points_of(rows, "reward")
+
+
 def line_chart(title: str, lines: Sequence[Line], unit: str = "", is_from_zero: bool | None = None) -> Chart | None:
     """Lay out a chart over the steps.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
-from trl_moe_ext.reporting.page.chart import points_of
+from trl_moe_ext.reporting.page.chart import points_of, reward_points
 from trl_moe_ext.reporting.page.numbers import duration, figure, share, size
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Figure
@@ -69,7 +70,7 @@ def _figures(record: RunRecord) -> list[Figure]:
     # The loss of a policy says nothing about how good it is.
     is_policy = bool(points_of(record.log_history, "reward"))
     for key, label in _OF_A_POLICY if is_policy else _OF_A_MODEL:
-        points = points_of(record.log_history, key)
+        points = (reward_points if key == "reward" else partial(points_of, key=key))(record.log_history)
         if points:
             figures.append(Figure(label, figure(points[-1][1]), f"from {figure(points[0][1])}"))
     trained = sum(part.parameters for part in record.adapted)

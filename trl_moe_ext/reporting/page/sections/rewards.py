@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl_moe_ext.reporting.page.chart import Chart, Line, Points, line_chart, logged_chart, points_of
+from trl_moe_ext.reporting.page.chart import Chart, Line, Points, line_chart, logged_chart, points_of, reward_points
 from trl_moe_ext.reporting.page.numbers import count, figure
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Section
@@ -32,7 +32,7 @@ _SMOOTHED_FROM = 40  # logs: a curve of fewer is read as it is
 def section(run: RunFiles) -> Section | None:
     """Curves of the rewards, failures in words, completions; None for a run without rewards."""
     rows = run.record.log_history
-    rewards = points_of(rows, "reward")
+    rewards = reward_points(rows)
     if not rewards:
         return None
     others = [logged_chart(rows, title, unit, keys) for title, unit, keys in _OTHERS]
