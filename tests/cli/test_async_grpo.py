@@ -23,7 +23,7 @@ from trl_moe_ext.cli import async_grpo as command
 from trl_moe_ext.cli.main import app
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
-from trl_moe_ext.grpo.supervisor import RolloutError
+from trl_moe_ext.grpo.rollout.supervisor import RolloutError
 from trl_moe_ext.grpo.trl_async import AsyncGRPOConfig
 from trl_moe_ext.reporting.callback import RunSummaryCallback
 from trl_moe_ext.reporting.record_callback import RunRecordCallback

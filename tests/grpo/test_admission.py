@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trl_moe_ext.grpo.admission import Admission
+from trl_moe_ext.grpo.rollout.admission import Admission
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 4])

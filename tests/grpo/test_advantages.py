@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_moe_ext.grpo.advantages import score_group
+from trl_moe_ext.grpo.rewards.advantages import score_group
 
 NAN = math.nan
 

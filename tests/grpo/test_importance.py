@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo import importance as importance_module
-from trl_moe_ext.grpo.importance import ImportanceCorrection, log_ratio, sequence_log_ratio
+from trl_moe_ext.grpo.loss import importance as importance_module
+from trl_moe_ext.grpo.loss.importance import ImportanceCorrection, log_ratio, sequence_log_ratio
 
 NAN, INF = math.nan, math.inf
 CORRECTIONS = [

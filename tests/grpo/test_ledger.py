@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.ledger import Ledger, Ticket
+from trl_moe_ext.grpo.rollout.ledger import Ledger, Ticket
 
 
 def take(ledger, count):

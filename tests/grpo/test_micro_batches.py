@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_moe_ext.errors import MoeExtError
-from trl_moe_ext.grpo import micro_batches
-from trl_moe_ext.grpo.micro_batches import MicroBatches, TokenBudgetPlanner
-from trl_moe_ext.grpo.sample_queue import StopRequested
+from trl_moe_ext.grpo.batches import micro_batches
+from trl_moe_ext.grpo.batches.micro_batches import MicroBatches, TokenBudgetPlanner
+from trl_moe_ext.grpo.rollout.sample_queue import StopRequested
 
 BUDGET = 12
 

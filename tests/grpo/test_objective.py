@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_moe_ext.grpo.importance import ImportanceCorrection
-from trl_moe_ext.grpo.objective import mean_of_step, policy_loss
+from trl_moe_ext.grpo.loss.importance import ImportanceCorrection
+from trl_moe_ext.grpo.loss.objective import mean_of_step, policy_loss
 
 RATIOS = torch.tensor([4.0, 0.5, 1.0, 0.25], dtype=torch.float64)
 ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)

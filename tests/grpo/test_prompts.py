@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from tests.grpo.fakes import FakeTokenizer
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.prompts import PromptSource
+from trl_moe_ext.grpo.rollout.prompts import PromptSource
 
 QUICKSTART_MODEL = "configs/quickstart/model"
 

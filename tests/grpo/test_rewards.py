@@ -15,9 +15,9 @@ import torch
 
 from tests.grpo import reward_functions
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.reward_pool import RewardPool
-from trl_moe_ext.grpo.reward_process import RewardCallError
-from trl_moe_ext.grpo.rewards import RewardTimeoutError, call_reward, checked_rewards, one_of, reward_name
+from trl_moe_ext.grpo.rewards.calls import RewardTimeoutError, call_reward, checked_rewards, one_of, reward_name
+from trl_moe_ext.grpo.rewards.pool import RewardPool
+from trl_moe_ext.grpo.rewards.process import RewardCallError
 
 NAN = math.nan
 

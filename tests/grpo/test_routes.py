@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.routes import RouteSlots, merge_routes
+from trl_moe_ext.grpo.batches.routes import RouteSlots, merge_routes
 from trl_moe_ext.router.record import RoutingRecord
 
 # Two routers with different numbers of slots.

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from trl_moe_ext.grpo.backends.protocol import Segment
+from trl_moe_ext.grpo.rollout.sample_queue import SampleQueue, StopRequested
 from trl_moe_ext.grpo.sample import MoeRolloutSample, SampleMetrics
-from trl_moe_ext.grpo.sample_queue import SampleQueue, StopRequested
 from trl_moe_ext.grpo.timeline import TRAINER, Timeline
 
 

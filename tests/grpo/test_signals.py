@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from trl_moe_ext.grpo.sample_queue import StopRequested
+from trl_moe_ext.grpo.rollout.sample_queue import StopRequested
 from trl_moe_ext.grpo.signals import Interruption
 
 BOTH = [signal.SIGTERM, signal.SIGINT]

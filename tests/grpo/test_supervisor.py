@@ -9,9 +9,9 @@ import pytest
 
 from tests.grpo.fakes import FakeBackend, Fault, snapshot
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo import supervisor as module
 from trl_moe_ext.grpo.backends.protocol import BackendHungError, BackendOutOfMemoryError, GenerationRequest
-from trl_moe_ext.grpo.supervisor import RolloutError, Supervisor
+from trl_moe_ext.grpo.rollout import supervisor as module
+from trl_moe_ext.grpo.rollout.supervisor import RolloutError, Supervisor
 from trl_moe_ext.grpo.timeline import GENERATOR, Timeline
 
 

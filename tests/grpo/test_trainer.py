@@ -259,3 +259,16 @@ def test_modules_that_are_saved_with_the_adapter_travel(tmp_path):
     names = trainer.rollout_worker._snapshot.tensors
     assert any(name.endswith("norm.weight") for name in names)
     assert any(".mlp.gate." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "router_mode", "is_added"), [(None, "frozen", False), (None, "full", True), (0.1, "frozen", True)]
+)
+def test_the_auxiliary_loss_of_the_config_is_for_a_router_that_is_trained(
+    tmp_path, coefficient, router_mode, is_added
+):
+    trainer = make_trainer(
+        tmp_path, router_aux_loss_coef=coefficient, peft_config=MoeLoraConfig(r=2, router_mode=router_mode)
+    )
+    assert trainer.router_aux_loss_coef
+    assert trainer.aux_loss_enabled == is_added

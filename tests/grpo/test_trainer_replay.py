@@ -17,8 +17,8 @@ from tests.router.replayed import forced_topk
 from tests.tolerances import assert_gradient_close
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import ConfigError, LayoutError
-from trl_moe_ext.grpo import packing
 from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest
+from trl_moe_ext.grpo.batches import packing
 from trl_moe_ext.grpo.sample import MoeRolloutSample
 from trl_moe_ext.router.record import RoutingRecord
 from trl_moe_ext.router.replay import RoutingReplay

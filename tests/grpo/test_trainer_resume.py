@@ -14,7 +14,7 @@ from tests.grpo.test_trainer import RecordingBackend, logged
 from tests.grpo.trainer_runs import PROMPTS, make_trainer
 from tests.tolerances import assert_output_close
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.worker import RolloutWorker
+from trl_moe_ext.grpo.rollout.worker import RolloutWorker
 
 # Every sample is made with the newest adapter, and scored in the order of the prompts: two runs differ in nothing.
 OPTIONS = {

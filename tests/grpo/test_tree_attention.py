@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.tolerances import assert_gradient_close, assert_output_close
-from trl_moe_ext.grpo.packing import packed_order
-from trl_moe_ext.grpo.tree_attention import varlen_attention
+from trl_moe_ext.grpo.batches.packing import packed_order
+from trl_moe_ext.grpo.batches.tree_attention import varlen_attention
 from trl_moe_ext.grpo.trl_async import TreeRow, packing_module
 from trl_moe_ext.hosts.trl_async_grpo import TreeKernel
 

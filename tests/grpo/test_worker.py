@@ -16,8 +16,8 @@ from tests.grpo.fakes import FakeBackend, Fault, snapshot
 from tests.grpo.worker_runs import NUM_GENERATIONS, Trainer, get, make_worker, metrics_of, prompts, wait_until
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends.protocol import Generation, Segment
+from trl_moe_ext.grpo.rollout.worker import RolloutError, StopRequested
 from trl_moe_ext.grpo.timeline import GENERATOR, REWARDS, TRAINER
-from trl_moe_ext.grpo.worker import RolloutError, StopRequested
 
 
 @pytest.fixture(autouse=True)

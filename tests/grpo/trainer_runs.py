@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.grpo.fakes import FakeBackend
 from trl_moe_ext import AsyncMoeGRPOConfig, AsyncMoeGRPOTrainer, MoeLoraConfig
 from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest, RolloutBackend, Segment
-from trl_moe_ext.grpo.packing import RolloutCollator
+from trl_moe_ext.grpo.batches.packing import RolloutCollator
 from trl_moe_ext.grpo.sample import MoeRolloutSample, SampleMetrics
 from trl_moe_ext.grpo.trl_async import TreeRow
 from trl_moe_ext.router.record import RoutingRecord

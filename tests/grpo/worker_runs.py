@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from tests.grpo.fakes import FakeBackend, FakeTokenizer, snapshot
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
+from trl_moe_ext.grpo.rollout.worker import RolloutWorker
 from trl_moe_ext.grpo.timeline import Timeline
-from trl_moe_ext.grpo.worker import RolloutWorker
 
 NUM_GENERATIONS = 4
 

@@ -21,9 +21,9 @@ from tests.real_model import smollm2_gguf
 from trl_moe_ext.experts.upcycle_files import load_model
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.protocol import BackendContext, Generation, GenerationRequest, Sampling
-from trl_moe_ext.grpo.backends.vllm import VllmBackend
-from trl_moe_ext.grpo.backends.vllm_http import VllmHttp
-from trl_moe_ext.grpo.backends.vllm_server import PYTHON_VARIABLE
+from trl_moe_ext.grpo.backends.vllm.backend import VllmBackend
+from trl_moe_ext.grpo.backends.vllm.http import VllmHttp
+from trl_moe_ext.grpo.backends.vllm.server import PYTHON_VARIABLE
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 
 pytestmark = [

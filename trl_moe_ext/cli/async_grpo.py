@@ -102,7 +102,7 @@ def _orderly_end(words: Sequence[str]) -> Iterator[dict[str, str]]:
 
 def _is_failure_of_the_generator(error: Exception) -> bool:
     from trl_moe_ext.grpo.backends.protocol import BackendError
-    from trl_moe_ext.grpo.supervisor import RolloutError
+    from trl_moe_ext.grpo.rollout.supervisor import RolloutError
 
     return isinstance(error, BackendError | RolloutError)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.importance import ImportanceCorrection
+from trl_moe_ext.grpo.loss.importance import ImportanceCorrection
 from trl_moe_ext.grpo.trl_async import AsyncGRPOConfig
 
 __all__ = ["AsyncMoeGRPOConfig"]

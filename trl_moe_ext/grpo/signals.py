@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-from trl_moe_ext.grpo.sample_queue import StopRequested
+from trl_moe_ext.grpo.rollout.sample_queue import StopRequested
 
 __all__ = ["Interruption"]
 

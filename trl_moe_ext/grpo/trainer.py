@@ -26,19 +26,20 @@ from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.arguments import check_arguments, groups_per_step, reward_functions
 from trl_moe_ext.grpo.backend_setup import make_backend
 from trl_moe_ext.grpo.backends.protocol import RolloutBackend
+from trl_moe_ext.grpo.batches.micro_batches import MicroBatches, TokenBudgetPlanner
+from trl_moe_ext.grpo.batches.packing import PackedRow, RolloutCollator, made_up_batch, samples_of
 from trl_moe_ext.grpo.callback import RolloutCallback
 from trl_moe_ext.grpo.checkpoint import RolloutState, last_whole_checkpoint
 from trl_moe_ext.grpo.completions import CompletionsTable
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 from trl_moe_ext.grpo.cpu_threads import threads_of_trainer
-from trl_moe_ext.grpo.micro_batches import MicroBatches, TokenBudgetPlanner
-from trl_moe_ext.grpo.objective import mean_of_step, policy_loss
-from trl_moe_ext.grpo.packing import PackedRow, RolloutCollator, made_up_batch, samples_of
-from trl_moe_ext.grpo.policy_meter import PolicyMeter
-from trl_moe_ext.grpo.sample_queue import StopRequested
+from trl_moe_ext.grpo.loss.objective import mean_of_step, policy_loss
+from trl_moe_ext.grpo.loss.policy_meter import PolicyMeter
+from trl_moe_ext.grpo.loss.step_replay import StepReplay
+from trl_moe_ext.grpo.rollout.sample_queue import StopRequested
+from trl_moe_ext.grpo.rollout.worker import RolloutWorker
 from trl_moe_ext.grpo.signals import Interruption
 from trl_moe_ext.grpo.stand_ins import NoWeightTransfer, WorkerToCome
-from trl_moe_ext.grpo.step_replay import StepReplay
 from trl_moe_ext.grpo.timeline import TRAINER, Timeline
 from trl_moe_ext.grpo.timeline_plot import save_timeline
 from trl_moe_ext.grpo.travelling import adapter_tensors, check_all_travels
@@ -48,8 +49,9 @@ from trl_moe_ext.grpo.trl_async import (
     RolloutQueueDataset,
     TreeRow,
 )
-from trl_moe_ext.grpo.worker import RolloutWorker
 from trl_moe_ext.reporting.record_callback import RunRecordCallback
+from trl_moe_ext.router.routers import find_routers
+from trl_moe_ext.sft.trained_router import router_parameters
 
 __all__ = ["AsyncMoeGRPOTrainer"]
 
@@ -129,6 +131,7 @@ class AsyncMoeGRPOTrainer(AsyncGRPOTrainer):  # type: ignore[misc]
         self._saved_at: int | None = None
         self._has_trained = False
         check_all_travels(self._policy, self._adapter_name)
+        self._settle_auxiliary_loss()
         self._step_replay = StepReplay(self._policy, args.routing_replay, self._total)
         self._check_replay()
         self.completions = CompletionsTable(args.output_dir, self.processing_class, args)
@@ -168,6 +171,15 @@ class AsyncMoeGRPOTrainer(AsyncGRPOTrainer):  # type: ignore[misc]
             output_dir=self.args.output_dir,
             max_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
         )
+
+    def _settle_auxiliary_loss(self) -> None:
+        """Without a coefficient of the user's, balance is a matter of a router that is trained, as in `MoeSFTTrainer`.
+
+        The coefficient of the model's config would otherwise pull at the adapters for the sake of a router that stays
+        as it is.
+        """
+        if self.args.router_aux_loss_coef is None and not router_parameters(find_routers(self._policy)):
+            self.aux_loss_enabled = False
 
     def _check_replay(self) -> None:
         """Refuse a model whose routes can't be replayed, by a forward of a few tokens."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_moe_ext.grpo.tree_attention import varlen_attention
+from trl_moe_ext.grpo.batches.tree_attention import varlen_attention
 from trl_moe_ext.grpo.trl_async import packing_module, trainer_module
 from trl_moe_ext.hosts.seams import find_seam
 

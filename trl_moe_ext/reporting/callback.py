@@ -50,7 +50,7 @@ class RunSummaryCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.console.print()
         self.console.print(table)
-        self.console.print(_losses(state))
+        self.console.print(_course(state))
         if curve:
             self.console.print(f"Loss curve: {curve}")
         if _saved_at(output_dir) in (None, before):
@@ -69,10 +69,19 @@ def _saved_at(output_dir: Path) -> float | None:
     return file.stat().st_mtime if file.exists() else None
 
 
-def _losses(state: TrainerState) -> str:
+def _course(state: TrainerState) -> str:
+    """How the run went: by its rewards if it has any, as the loss of a policy says nothing about how good it is."""
+    for name in ("rollout/reward", "reward"):
+        rewards = _logged(state, name)
+        if rewards:
+            return f"reward {rewards[0]:.3f} -> {rewards[-1]:.3f}"
     parts = []
     for name, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        values = [row[name] for row in state.log_history if name in row]
+        values = _logged(state, name)
         if values:
             parts.append(f"{label} {values[0]:.3f} -> {values[-1]:.3f}")
     return ", ".join(parts) or "No loss was logged."
+
+
+def _logged(state: TrainerState, name: str) -> list[float]:
+    return [row[name] for row in state.log_history if row.get(name) is not None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from trl_moe_ext.grpo.backends import local_process
-from trl_moe_ext.grpo.backends.local_engine import LocalEngine
+from trl_moe_ext.grpo.backends.local import process as local_process
+from trl_moe_ext.grpo.backends.local.engine import LocalEngine
 
 ERRORS = {
     "memory": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),

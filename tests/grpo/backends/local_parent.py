@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.grpo.backends.local_runs import ask, context, trainer_model, zero_snapshot
-from trl_moe_ext.grpo.backends.local import LocalBackend
+from trl_moe_ext.grpo.backends.local.backend import LocalBackend
 
 if __name__ == "__main__":
     path, folder = sys.argv[1:]

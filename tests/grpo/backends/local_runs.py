@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.families import build, randomise_factors
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.local import LocalBackend
+from trl_moe_ext.grpo.backends.local.backend import LocalBackend
 from trl_moe_ext.grpo.backends.protocol import BackendContext, Generation, GenerationRequest, Sampling
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 from trl_moe_ext.grpo.travelling import adapter_tensors

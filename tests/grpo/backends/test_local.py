@@ -24,7 +24,7 @@ from tests.grpo.backends.local_runs import (
 )
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.local import LocalBackend
+from trl_moe_ext.grpo.backends.local.backend import LocalBackend
 from trl_moe_ext.grpo.backends.protocol import BackendError, Generation, GenerationRequest
 from trl_moe_ext.router.record import NOT_RECORDED
 from trl_moe_ext.router.recorder import RoutingRecorder

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 
 from tests.grpo.backends.local_runs import PEFT, PROMPTS, log_probs, save_model, snapshot, trainer_model
-from trl_moe_ext.grpo.backends.local_draft import Draft
-from trl_moe_ext.grpo.backends.local_engine import LocalEngine
-from trl_moe_ext.grpo.backends.local_wire import Alive, Finished, Setup
+from trl_moe_ext.grpo.backends.local.draft import Draft
+from trl_moe_ext.grpo.backends.local.engine import LocalEngine
+from trl_moe_ext.grpo.backends.local.wire import Alive, Finished, Setup
 from trl_moe_ext.grpo.backends.protocol import GenerationRequest, Sampling, Segment
 from trl_moe_ext.router.record import RoutingRecord
 from trl_moe_ext.router.record_bytes import record_from_bytes

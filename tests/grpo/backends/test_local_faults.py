@@ -25,8 +25,8 @@ from tests.grpo.backends.local_runs import (
 )
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.local import LocalBackend
-from trl_moe_ext.grpo.backends.local_process import _last_words
+from trl_moe_ext.grpo.backends.local.backend import LocalBackend
+from trl_moe_ext.grpo.backends.local.process import _last_words
 from trl_moe_ext.grpo.backends.protocol import (
     BackendDeadError,
     BackendError,

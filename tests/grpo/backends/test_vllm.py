@@ -25,7 +25,7 @@ from trl_moe_ext.grpo.backends.protocol import (
     GenerationRequest,
     Sampling,
 )
-from trl_moe_ext.grpo.backends.vllm import VllmBackend
+from trl_moe_ext.grpo.backends.vllm.backend import VllmBackend
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 

@@ -15,8 +15,8 @@ import pytest
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends.protocol import BackendDeadError, BackendOutOfMemoryError
-from trl_moe_ext.grpo.backends.vllm_flags import ServerOptions, allowed_rank, server_command
-from trl_moe_ext.grpo.backends.vllm_server import PYTHON_VARIABLE, VllmServer, check_ours
+from trl_moe_ext.grpo.backends.vllm.flags import ServerOptions, allowed_rank, server_command
+from trl_moe_ext.grpo.backends.vllm.server import PYTHON_VARIABLE, VllmServer, check_ours
 
 # Stands for the interpreter: it "has" vLLM, tells what it was started with, starts a child as vLLM does, and waits.
 INTERPRETER = """#!{python}
@@ -153,8 +153,8 @@ def test_it_does_not_outlive_a_trainer_that_is_killed(interpreter, tmp_path, por
     script = f"""
 import time
 from pathlib import Path
-from trl_moe_ext.grpo.backends.vllm_flags import ServerOptions
-from trl_moe_ext.grpo.backends.vllm_server import VllmServer
+from trl_moe_ext.grpo.backends.vllm.flags import ServerOptions
+from trl_moe_ext.grpo.backends.vllm.server import VllmServer
 server = VllmServer(ServerOptions("m", {port}, 8, 2, False), "key", Path({str(tmp_path)!r}, "run", "vllm.log"))
 server.start()
 print(server.pid, flush=True)

@@ -15,10 +15,10 @@ from trl_moe_ext.bench.grpo.plan import Plan
 from trl_moe_ext.bench.grpo.task import Scorer, prompts
 from trl_moe_ext.errors import MoeExtError
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
+from trl_moe_ext.grpo.rollout.worker import RolloutWorker
 from trl_moe_ext.grpo.sample import MoeRolloutSample
 from trl_moe_ext.grpo.timeline import GENERATOR, TRAINER
 from trl_moe_ext.grpo.trainer import AsyncMoeGRPOTrainer
-from trl_moe_ext.grpo.worker import RolloutWorker
 from trl_moe_ext.hosts.trl_grpo_options import with_bounded_cache
 
 __all__ = ["measure"]

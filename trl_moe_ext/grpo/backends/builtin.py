@@ -9,13 +9,13 @@ from trl_moe_ext.hookspecs import hookimpl
 
 
 def _local(context: BackendContext) -> RolloutBackend:
-    from trl_moe_ext.grpo.backends.local import LocalBackend
+    from trl_moe_ext.grpo.backends.local.backend import LocalBackend
 
     return LocalBackend(context)
 
 
 def _vllm(context: BackendContext) -> RolloutBackend:
-    from trl_moe_ext.grpo.backends.vllm import VllmBackend
+    from trl_moe_ext.grpo.backends.vllm.backend import VllmBackend
 
     return VllmBackend(context)
 

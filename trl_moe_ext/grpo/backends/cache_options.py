@@ -54,7 +54,8 @@ def cache_options(
         given: options that the user has set; they are not in the result, which fits to them.
 
     Returns:
-        ``page_size``, ``num_blocks``, ``max_batch_tokens`` and ``max_requests_per_batch``, without those given.
+        ``page_size``, ``num_blocks``, ``max_batch_tokens``, ``max_requests_per_batch`` and ``safety_margin``, without
+        those given.
 
     Raises:
         ConfigError: the memory is not enough for a single request, or a number is not positive.
@@ -81,6 +82,9 @@ def cache_options(
                 "at a time, or set num_blocks and max_batch_tokens in transformers_continuous_batching_config"
             )
         options["num_blocks"] = min(at_a_time * needed, affordable)
+        if options["num_blocks"] == at_a_time * needed:
+            # There is room for all to their end: none has to wait until a part of the cache is free.
+            options["safety_margin"] = 0.0
     return {name: value for name, value in options.items() if name not in given}
 
 

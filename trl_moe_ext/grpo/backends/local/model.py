@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl_moe_ext import MoeLoraConfig as MoeLoraConfig
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.local_wire import Setup
+from trl_moe_ext.grpo.backends.local.wire import Setup
 from trl_moe_ext.grpo.travelling import adapter_tensors
 
 __all__ = ["AdaptedModel"]

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from trl_moe_ext.errors import MoeExtError
-from trl_moe_ext.grpo.sample_queue import StopRequested
+from trl_moe_ext.grpo.rollout.sample_queue import StopRequested
 from trl_moe_ext.grpo.trl_async import TreeRow
 
 __all__ = ["MicroBatches", "TokenBudgetPlanner"]

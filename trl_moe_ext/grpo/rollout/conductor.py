@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.admission import Admission
-from trl_moe_ext.grpo.advantages import score_group
-from trl_moe_ext.grpo.groups import Group, group_of_request
-from trl_moe_ext.grpo.ledger import Ledger
-from trl_moe_ext.grpo.prompts import PromptSource
-from trl_moe_ext.grpo.rollout_metrics import RolloutMetrics
-from trl_moe_ext.grpo.sample_queue import SampleQueue
-from trl_moe_ext.grpo.scoring import Scored, Scorer
-from trl_moe_ext.grpo.supervisor import Supervisor
+from trl_moe_ext.grpo.rewards.advantages import score_group
+from trl_moe_ext.grpo.rewards.scoring import Scored, Scorer
+from trl_moe_ext.grpo.rollout.admission import Admission
+from trl_moe_ext.grpo.rollout.groups import Group, group_of_request
+from trl_moe_ext.grpo.rollout.ledger import Ledger
+from trl_moe_ext.grpo.rollout.metrics import RolloutMetrics
+from trl_moe_ext.grpo.rollout.prompts import PromptSource
+from trl_moe_ext.grpo.rollout.sample_queue import SampleQueue
+from trl_moe_ext.grpo.rollout.supervisor import Supervisor
 from trl_moe_ext.grpo.timeline import REWARDS, Timeline
 
 __all__ = ["Conductor", "ConductorOptions"]
@@ -216,6 +216,7 @@ class Conductor:
         del self._groups[group_id]
         self._metrics.queue.push({"reward/seconds": scored.seconds})
         scores = score_group(scored.rewards, self._options.reward_weights)
+        self._metrics.scored(scores.rewards)
         if scores.teaches:
             self._zero_groups = 0
         elif self._skips():

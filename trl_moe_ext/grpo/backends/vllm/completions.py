@@ -14,7 +14,7 @@ from trl_moe_ext.grpo.backends.protocol import (
     Sampling,
     Segment,
 )
-from trl_moe_ext.grpo.backends.vllm_http import Reply, VllmHttp
+from trl_moe_ext.grpo.backends.vllm.http import Reply, VllmHttp
 
 __all__ = ["complete", "completion_body"]
 

@@ -1,6 +1,6 @@
 """The rollout backend `local`: completions from a process of its own on this machine, without a server.
 
-This is the trainer's side; what the process does is in `local_process` and `local_engine`.
+This is the trainer's side; what the process does is in `process` and `engine`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import ClassVar, TypeVar
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.local_options import check_options, setup_of
-from trl_moe_ext.grpo.backends.local_session import Session
-from trl_moe_ext.grpo.backends.local_wire import Arrived, Finished, Message, NewAdapter, NewRequests, Ready
+from trl_moe_ext.grpo.backends.local.options import check_options, setup_of
+from trl_moe_ext.grpo.backends.local.session import Session
+from trl_moe_ext.grpo.backends.local.wire import Arrived, Finished, Message, NewAdapter, NewRequests, Ready
 from trl_moe_ext.grpo.backends.protocol import (
     BackendContext,
     BackendError,
@@ -43,7 +43,7 @@ class LocalBackend(RolloutBackend):
         ConfigError: an option that this backend can't serve.
     """
 
-    module: ClassVar[str] = "trl_moe_ext.grpo.backends.local_process"
+    module: ClassVar[str] = "trl_moe_ext.grpo.backends.local.process"
     # Reading a large model from a slow disk takes minutes.
     start_timeout_s: ClassVar[float] = 900.0
     # Seconds until an end that was asked for is forced by SIGTERM, and from then on until SIGKILL.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trl_moe_ext.errors import ConfigError, near_matches
-from trl_moe_ext.grpo.importance_statistics import ImportanceStatistics
+from trl_moe_ext.grpo.loss.importance_statistics import ImportanceStatistics
 
 __all__ = ["Corrected", "ImportanceCorrection", "Level", "Mode", "log_ratio", "sequence_log_ratio"]
 

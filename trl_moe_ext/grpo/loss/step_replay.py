@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import ConfigError, LayoutError
-from trl_moe_ext.grpo.packing import routes_of
-from trl_moe_ext.grpo.routes import RouteSlots
+from trl_moe_ext.grpo.batches.packing import routes_of
+from trl_moe_ext.grpo.batches.routes import RouteSlots
 from trl_moe_ext.router.mismatch import RoutingMismatch
 from trl_moe_ext.router.record import RoutingRecord
 from trl_moe_ext.router.replay import RoutingReplay

@@ -16,7 +16,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.rewards import RewardTimeoutError, call_reward, reward_name
+from trl_moe_ext.grpo.rewards.calls import RewardTimeoutError, call_reward, reward_name
 
 __all__ = ["RewardCallError", "RewardProcess"]
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.admission import Admission
 from trl_moe_ext.grpo.backends.protocol import RolloutBackend
-from trl_moe_ext.grpo.conductor import Conductor, ConductorOptions
-from trl_moe_ext.grpo.ledger import Ledger
-from trl_moe_ext.grpo.prompts import PromptSource
-from trl_moe_ext.grpo.rollout_metrics import RolloutMetrics
-from trl_moe_ext.grpo.sample_queue import SampleQueue, StopRequested
-from trl_moe_ext.grpo.scoring import Scorer
-from trl_moe_ext.grpo.supervisor import RolloutError, Supervisor
+from trl_moe_ext.grpo.rewards.scoring import Scorer
+from trl_moe_ext.grpo.rollout.admission import Admission
+from trl_moe_ext.grpo.rollout.conductor import Conductor, ConductorOptions
+from trl_moe_ext.grpo.rollout.ledger import Ledger
+from trl_moe_ext.grpo.rollout.metrics import RolloutMetrics
+from trl_moe_ext.grpo.rollout.prompts import PromptSource
+from trl_moe_ext.grpo.rollout.sample_queue import SampleQueue, StopRequested
+from trl_moe_ext.grpo.rollout.supervisor import RolloutError, Supervisor
 from trl_moe_ext.grpo.timeline import Timeline
 
 if TYPE_CHECKING:

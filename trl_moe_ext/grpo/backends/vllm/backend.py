@@ -28,12 +28,12 @@ from trl_moe_ext.grpo.backends.protocol import (
     GenerationRequest,
     RolloutBackend,
 )
-from trl_moe_ext.grpo.backends.vllm_capabilities import ServerNeeds, check_log_probs, check_server
-from trl_moe_ext.grpo.backends.vllm_completions import complete
-from trl_moe_ext.grpo.backends.vllm_flags import ServerOptions
-from trl_moe_ext.grpo.backends.vllm_http import VllmHttp, wait_until_ready
-from trl_moe_ext.grpo.backends.vllm_server import VllmServer, check_ours
-from trl_moe_ext.grpo.backends.vllm_versions import AdapterVersions
+from trl_moe_ext.grpo.backends.vllm.capabilities import ServerNeeds, check_log_probs, check_server
+from trl_moe_ext.grpo.backends.vllm.completions import complete
+from trl_moe_ext.grpo.backends.vllm.flags import ServerOptions
+from trl_moe_ext.grpo.backends.vllm.http import VllmHttp, wait_until_ready
+from trl_moe_ext.grpo.backends.vllm.server import VllmServer, check_ours
+from trl_moe_ext.grpo.backends.vllm.versions import AdapterVersions
 
 __all__ = ["VllmBackend"]
 

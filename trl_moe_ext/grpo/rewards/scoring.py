@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.groups import Group
-from trl_moe_ext.grpo.reward_pool import RewardPool
-from trl_moe_ext.grpo.rewards import RewardTimeoutError, checked_rewards, one_of, reward_name
+from trl_moe_ext.grpo.rewards.calls import RewardTimeoutError, checked_rewards, one_of, reward_name
+from trl_moe_ext.grpo.rewards.pool import RewardPool
+from trl_moe_ext.grpo.rollout.groups import Group
 
 __all__ = ["Scored", "Scorer"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends.protocol import BackendError, Sampling
-from trl_moe_ext.grpo.backends.vllm_flags import RUNTIME_UPDATES, lora_flags
-from trl_moe_ext.grpo.backends.vllm_http import Reply, VllmHttp
+from trl_moe_ext.grpo.backends.vllm.flags import RUNTIME_UPDATES, lora_flags
+from trl_moe_ext.grpo.backends.vllm.http import Reply, VllmHttp
 
 __all__ = ["ServerNeeds", "check_log_probs", "check_server", "refuse_load"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import ContinuousBatchingConfig
 
 from trl_moe_ext.errors import ConfigError, near_matches
-from trl_moe_ext.grpo.backends.local_launch import generator_device, generator_threads
-from trl_moe_ext.grpo.backends.local_wire import Setup
+from trl_moe_ext.grpo.backends.local.launch import generator_device, generator_threads
+from trl_moe_ext.grpo.backends.local.wire import Setup
 from trl_moe_ext.grpo.backends.protocol import BackendContext
 
 __all__ = ["check_options", "setup_of"]

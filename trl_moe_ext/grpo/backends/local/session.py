@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.backends.local_launch import GeneratorProcess
-from trl_moe_ext.grpo.backends.local_wire import Failed, Link, Message, Setup, Stop
+from trl_moe_ext.grpo.backends.local.launch import GeneratorProcess
+from trl_moe_ext.grpo.backends.local.wire import Failed, Link, Message, Setup, Stop
 from trl_moe_ext.grpo.backends.protocol import (
     BackendDeadError,
     BackendError,

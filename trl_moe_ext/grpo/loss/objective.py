@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trl_moe_ext.grpo.importance import Corrected
+from trl_moe_ext.grpo.loss.importance import Corrected
 
 __all__ = ["mean_of_step", "policy_loss"]
 

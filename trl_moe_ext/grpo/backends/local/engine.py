@@ -21,9 +21,9 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.cache_options import cache_bytes_per_token, cache_options
-from trl_moe_ext.grpo.backends.local_draft import Draft
-from trl_moe_ext.grpo.backends.local_model import AdaptedModel
-from trl_moe_ext.grpo.backends.local_wire import Alive, Finished, Setup
+from trl_moe_ext.grpo.backends.local.draft import Draft
+from trl_moe_ext.grpo.backends.local.model import AdaptedModel
+from trl_moe_ext.grpo.backends.local.wire import Alive, Finished, Setup
 from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest, Sampling
 from trl_moe_ext.router.record import RoutingRecord
 from trl_moe_ext.router.record_bytes import record_to_bytes

@@ -17,7 +17,7 @@ from trl_moe_ext.grpo.backends.protocol import (
     GenerationRequest,
     RolloutBackend,
 )
-from trl_moe_ext.grpo.rollout_file import write_rollout_file
+from trl_moe_ext.grpo.rollout.file import write_rollout_file
 from trl_moe_ext.grpo.timeline import GENERATOR, Timeline
 
 __all__ = ["RolloutError", "Supervisor"]

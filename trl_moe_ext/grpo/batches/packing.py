@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_moe_ext.errors import ConfigError, HostVersionError
-from trl_moe_ext.grpo.routes import RouteSlots, merge_routes
+from trl_moe_ext.grpo.batches.routes import RouteSlots, merge_routes
 from trl_moe_ext.grpo.sample import MoeRolloutSample
 from trl_moe_ext.grpo.trl_async import DataCollatorForRollout, TreeRow
 from trl_moe_ext.router.record import NOT_RECORDED, RoutingRecord

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_moe_ext.grpo.reward_process import RewardProcess
-from trl_moe_ext.grpo.rewards import RewardTimeoutError, call_reward
+from trl_moe_ext.grpo.rewards.calls import RewardTimeoutError, call_reward
+from trl_moe_ext.grpo.rewards.process import RewardProcess
 
 __all__ = ["RewardPool"]
 

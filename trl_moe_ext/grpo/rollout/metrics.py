@@ -8,6 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trl_moe_ext.grpo.timeline import GENERATOR, TRAINER, Timeline
 
 __all__ = ["MetricsQueue", "RolloutMetrics"]
@@ -61,6 +64,12 @@ class RolloutMetrics:
                 "completions/clipped_frac": (float(clipped), 1.0),
             }
         )
+
+    def scored(self, rewards: NDArray[np.float64]) -> None:
+        """A group is scored, whether it is trained on or left out; NaN where there is no reward."""
+        there = rewards[~np.isnan(rewards)]
+        if there.size:
+            self.queue.push({"rollout/reward": (float(there.sum()), float(there.size))})
 
     def push(self, *, queue_size: int, in_flight: int, totals: Counter[str]) -> None:
         """Push the state of things, unless that was done a moment ago.

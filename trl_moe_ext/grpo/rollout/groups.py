@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from trl_moe_ext.errors import MoeExtError
-from trl_moe_ext.grpo.advantages import GroupScores
 from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest
-from trl_moe_ext.grpo.ledger import Ticket
-from trl_moe_ext.grpo.prompts import Prompt
+from trl_moe_ext.grpo.rewards.advantages import GroupScores
+from trl_moe_ext.grpo.rollout.ledger import Ticket
+from trl_moe_ext.grpo.rollout.prompts import Prompt
 from trl_moe_ext.grpo.sample import MoeRolloutSample, SampleMetrics
 
 __all__ = ["Group", "group_of_request"]

@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from trl_moe_ext.grpo.importance_statistics import ImportanceStatistics
+from trl_moe_ext.grpo.loss.importance_statistics import ImportanceStatistics
 
 __all__ = ["PolicyMeter"]
 

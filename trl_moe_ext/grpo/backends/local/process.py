@@ -1,4 +1,4 @@
-"""The local generator's process: ``python -m trl_moe_ext.grpo.backends.local_process FD``.
+"""The local generator's process: ``python -m trl_moe_ext.grpo.backends.local.process FD``.
 
 Its main thread takes what comes in, from the trainer and from the engine, one at a time. It knows neither the training
 script nor its functions. It ends when the trainer's process does: the connection closes, or another process becomes
@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_moe_ext.grpo.backends.local_engine import LocalEngine
-    from trl_moe_ext.grpo.backends.local_wire import Failed, Link, NewAdapter, Setup
+    from trl_moe_ext.grpo.backends.local.engine import LocalEngine
+    from trl_moe_ext.grpo.backends.local.wire import Failed, Link, NewAdapter, Setup
 
 __all__ = ["main"]
 
@@ -42,7 +42,7 @@ def main(make_engine: Callable[..., LocalEngine] | None = None) -> None:
         _leave()
     threading.Thread(target=_watch_parent, args=(setup.parent_pid,), daemon=True).start()
 
-    from trl_moe_ext.grpo.backends.local_wire import Link
+    from trl_moe_ext.grpo.backends.local.wire import Link
 
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     link = Link(connection, inbox.put, closed=_leave)
@@ -59,8 +59,8 @@ def main(make_engine: Callable[..., LocalEngine] | None = None) -> None:
 def _serve(
     setup: Setup, inbox: queue.SimpleQueue[Any], link: Link, make_engine: Callable[..., LocalEngine] | None
 ) -> None:
-    from trl_moe_ext.grpo.backends.local_engine import LocalEngine
-    from trl_moe_ext.grpo.backends.local_wire import Alive, Finished, NewAdapter, NewRequests, Ready, Stop
+    from trl_moe_ext.grpo.backends.local.engine import LocalEngine
+    from trl_moe_ext.grpo.backends.local.wire import Alive, Finished, NewAdapter, NewRequests, Ready, Stop
 
     engine = (make_engine or LocalEngine)(setup, inbox.put)
     link.send(Ready(engine.max_request_tokens))
@@ -88,7 +88,7 @@ def _serve(
 def _load(engine: LocalEngine, message: NewAdapter, link: Link) -> None:
     from trl_moe_ext.errors import MoeExtError
     from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-    from trl_moe_ext.grpo.backends.local_wire import Arrived
+    from trl_moe_ext.grpo.backends.local.wire import Arrived
 
     try:
         snapshot = AdapterSnapshot.from_payload(message.version, message.payload, message.checksum)
@@ -103,7 +103,7 @@ def _last_words(error: BaseException) -> Failed:
     import torch
 
     from trl_moe_ext.errors import ConfigError
-    from trl_moe_ext.grpo.backends.local_wire import Failed
+    from trl_moe_ext.grpo.backends.local.wire import Failed
 
     text = f"{type(error).__name__}: {error}"
     # What torch raises for a CPU is a RuntimeError of this text.

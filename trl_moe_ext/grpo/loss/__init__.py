@@ -1,0 +1,1 @@
+"""The loss of a policy: the weights of tokens that another policy drew, what is logged of them, and routing replay."""

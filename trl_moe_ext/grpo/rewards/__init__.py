@@ -1,0 +1,1 @@
+"""From the completions of a group to their rewards and advantages, whatever the reward functions do."""

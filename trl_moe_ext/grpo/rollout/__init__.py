@@ -1,0 +1,1 @@
+"""What has samples made while the trainer trains: prompts to completions, to rewards, into a queue."""
