@@ -10,6 +10,8 @@ import os
 import pytest
 import torch
 
+if torch.cuda.is_available():
+    pytest.skip("there is a GPU, on which test_on_a_gpu.py runs the kernels themselves", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="triton is not installed; torch for CPUs comes without it")
 
