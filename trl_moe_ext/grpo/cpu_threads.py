@@ -10,14 +10,20 @@ import torch
 
 from trl_moe_ext.errors import ConfigError
 
-__all__ = ["share_of_trainer", "threads_of_trainer"]
+__all__ = ["cores", "share_of_trainer", "threads_of_trainer"]
 
 
-def share_of_trainer(cores: int, generator_threads: int | None, processes: int = 1) -> int:
+def cores() -> int:
+    """Cores that this process may use."""
+    # macOS has no sched_getaffinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_trainer(num_cores: int, generator_threads: int | None, processes: int = 1) -> int:
     """Threads of each process of the trainer: the cores that the generator leaves, at least one.
 
     Args:
-        cores: that the processes may use.
+        num_cores: that the processes may use.
         generator_threads: half of the cores by default.
         processes: of the trainer on this machine.
 
@@ -25,17 +31,17 @@ def share_of_trainer(cores: int, generator_threads: int | None, processes: int =
         ConfigError: the generator is to have no thread.
     """
     if generator_threads is None:
-        generator_threads = max(1, cores // 2)
+        generator_threads = max(1, num_cores // 2)
     if generator_threads < 1:
         raise ConfigError(f"rollout_num_threads={generator_threads} should be 1 or more, or left out")
-    return max(1, (cores - generator_threads) // processes)
+    return max(1, (num_cores - generator_threads) // processes)
 
 
 @contextmanager
 def threads_of_trainer(generator_threads: int | None, processes: int) -> Iterator[None]:
     """The trainer's share while inside, and no more than it had before."""
     before = torch.get_num_threads()
-    share = share_of_trainer(len(os.sched_getaffinity(0)), generator_threads, processes)
+    share = share_of_trainer(cores(), generator_threads, processes)
     torch.set_num_threads(min(before, share))
     try:
         yield

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
@@ -114,13 +115,27 @@ def _triton(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels, if it can take these rows."""
     if rows.device.type != "cuda" or torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
         return None
-    return _triton_rows() if rows.dtype in (torch.bfloat16, torch.float16, torch.float32) and rows.numel() else None
+    return (
+        _triton_rows(rows.device)
+        if rows.dtype in (torch.bfloat16, torch.float16, torch.float32) and rows.numel()
+        else None
+    )
 
 
 @functools.cache
-def _triton_rows() -> ModuleType | None:
+def _triton_rows(device: torch.device) -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from trl_moe_ext.kernels import triton_rows
+    try:
+        from trl_moe_ext.kernels import triton_rows
 
+        triton_rows.gated(Gate("silu"), torch.ones(1, 1, device=device))
+    except Exception as error:  # whatever a compiler, a driver or an old card may raise
+        warnings.warn(
+            f"Triton is installed but does not work on {device}, so torch does the work of its kernels, which is "
+            f"slower ({type(error).__name__}: {error})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     return triton_rows

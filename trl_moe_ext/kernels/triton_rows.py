@@ -10,6 +10,9 @@ Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, n co
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +30,8 @@ _TILE_ROWS, _TILE_COLUMNS = 64, 128  # of a low-rank update
 def gated(gate: Gate, h: Tensor) -> Tensor:
     act, form, width = _form(gate, h)
     a = h.new_empty(h.shape[0], width)
-    _gated_kernel[(h.shape[0],)](h, a, width, h.stride(0), gate.alpha, gate.limit, act, form, _block(width))
+    with _device_of(h):
+        _gated_kernel[(h.shape[0],)](h, a, width, h.stride(0), gate.alpha, gate.limit, act, form, _block(width))
     return a
 
 
@@ -35,10 +39,11 @@ def gated_backward(gate: Gate, h: Tensor, d_a: Tensor, weights: Tensor | None) -
     act, form, width = _form(gate, h)
     d_h = h.new_empty(h.shape)  # rows of a grouped product may be padded, these are not
     d_w = None if weights is None else h.new_empty(h.shape[0], dtype=torch.float32)
-    _gated_backward_kernel[(h.shape[0],)](
-        h, d_a, weights, d_h, d_w, width, h.stride(0), d_h.stride(0), d_a.stride(0), gate.alpha, gate.limit,
-        act, form, weights is not None, _block(width),
-    )  # fmt: skip
+    with _device_of(h):
+        _gated_backward_kernel[(h.shape[0],)](
+            h, d_a, weights, d_h, d_w, width, h.stride(0), d_h.stride(0), d_a.stride(0), gate.alpha, gate.limit,
+            act, form, weights is not None, _block(width),
+        )  # fmt: skip
     # Each program has read its part of d_a before it writes a there.
     return d_h, d_a, d_w
 
@@ -47,21 +52,28 @@ def add_low_rank(rows: Tensor, u: Tensor, factor: Tensor, offsets: Tensor) -> No
     num_experts, rank, columns = factor.shape
     # Tiles start at an expert's first row: each expert has at most one that is not full.
     tiles = triton.cdiv(rows.shape[0], _TILE_ROWS) + num_experts
-    _add_low_rank_kernel[(tiles, triton.cdiv(columns, _TILE_COLUMNS))](
-        rows, u, factor, offsets, num_experts, rank, columns, rows.stride(0), u.stride(0), *factor.stride(),
-        triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(rank)), _TILE_ROWS, _TILE_COLUMNS,
-    )  # fmt: skip
+    with _device_of(rows):
+        _add_low_rank_kernel[(tiles, triton.cdiv(columns, _TILE_COLUMNS))](
+            rows, u, factor, offsets, num_experts, rank, columns, rows.stride(0), u.stride(0), *factor.stride(),
+            triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(rank)), _TILE_ROWS, _TILE_COLUMNS,
+        )  # fmt: skip
 
 
 def combine(rows: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
     tokens, columns = rows.shape[0] // dispatch.top_k, rows.shape[1]
     out = rows.new_empty(tokens, columns)
     block = _block(columns)
-    _combine_kernel[(tokens, triton.cdiv(columns, block))](
-        rows, None if weights is None else weights.contiguous(), dispatch.position, dispatch.offsets, out,
-        dispatch.offsets.shape[0], columns, rows.stride(0), dispatch.top_k, weights is not None, block,
-    )  # fmt: skip
+    with _device_of(rows):
+        _combine_kernel[(tokens, triton.cdiv(columns, block))](
+            rows, None if weights is None else weights.contiguous(), dispatch.position, dispatch.offsets, out,
+            dispatch.offsets.shape[0], columns, rows.stride(0), dispatch.top_k, weights is not None, block,
+        )  # fmt: skip
     return out
+
+
+def _device_of(rows: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever its arguments are. Its interpreter takes tensors of a CPU."""
+    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
 
 
 def _block(columns: int) -> int:

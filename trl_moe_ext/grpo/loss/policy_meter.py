@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trl_moe_ext.grpo.loss.importance_statistics import ImportanceStatistics
+from trl_moe_ext.router.statistics import as_sum
 
 __all__ = ["PolicyMeter"]
 
@@ -30,9 +31,9 @@ class PolicyMeter:
     @torch.no_grad()
     def add(self, log_probs: Tensor, old_log_probs: Tensor, entropy: Tensor, statistics: ImportanceStatistics) -> None:
         """Add the tokens of a micro-batch, each ``(M,)``; every process has to call this."""
-        logs = (log_probs - old_log_probs).double()
+        logs = as_sum(log_probs - old_log_probs)
         # As TRL logs them: the ratio of each token, and k3 of the tokens as the generator drew them.
-        own = torch.stack([logs.exp().sum(), (logs.expm1() - logs).sum(), entropy.double().sum()])
+        own = torch.stack([logs.exp().sum(), (logs.expm1() - logs).sum(), as_sum(entropy).sum()])
         theirs = torch.stack([getattr(statistics, name) for name in _STATISTICS])
         everywhere = self._gather(torch.cat([own, theirs]).unsqueeze(0))
         sums, largest = everywhere.sum(0), everywhere.max(0).values

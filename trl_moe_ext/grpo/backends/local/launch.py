@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trl_moe_ext.grpo.cpu_threads import cores
+
 if TYPE_CHECKING:
     from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 
@@ -88,7 +90,7 @@ def generator_threads(args: AsyncMoeGRPOConfig) -> int:
     """Threads of a generator on a CPU: as many as asked for, else half of the cores that this process may use."""
     if args.rollout_num_threads is not None:
         return args.rollout_num_threads
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    return max(1, cores() // 2)
 
 
 def generator_device(args: AsyncMoeGRPOConfig) -> str:
