@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import trl_moe_ext.export.vllm
 from tests.families import build, randomise_factors
 from trl_moe_ext.errors import AdapterFileError, ConfigError
 from trl_moe_ext.export.vllm import convert_adapter, export_adapter
+from trl_moe_ext.export.vllm_check import verify_export
 from trl_moe_ext.export.vllm_decoder import expert_deltas, read_deltas
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
@@ -203,3 +205,65 @@ def test_the_decoder_refuses_half_a_pair_and_a_missing_expert(tmp_path):
     save_file({key: tensor for key, tensor in tensors.items() if last not in key}, file)
     with pytest.raises(AdapterFileError, match="not every expert of 0 to 7"):
         expert_deltas(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [IA3Config(target_modules=["q_proj"], feedforward_modules=[]), OFTConfig(target_modules=["q_proj"])],
+    ids=["ia3", "oft"],
+)
+def test_an_adapter_that_is_no_lora_is_refused_by_its_kind(config, tmp_path):
+    with pytest.raises(ConfigError, match=f"an adapter of {type(config).__name__}"):
+        export_adapter(get_peft_model(build("qwen2_moe"), config), tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_what_was_written_is_compared_with_the_model(model_type, tmp_path):
+    model = adapted(model_type)
+    export_adapter(model, tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    good = load_file(weights)
+    path, (gate, up, down) = NAMES[model_type]
+
+    def name(key: str) -> str:
+        return f"base_model.model.{path}.{key}.weight"
+
+    wrong = {
+        f"2.{down}.lora_A": f"3.{down}.lora_A",  # of another expert
+        f"2.{gate}.lora_B": f"2.{up}.lora_B",  # of the other half
+    }
+    for key, other in wrong.items():
+        save_file(good | {name(key): good[name(other)].clone()}, weights)
+        with pytest.raises(AdapterFileError, match=r"2\..* as the model's adapter does"):
+            verify_export(tmp_path, model)
+    save_file({key: tensor for key, tensor in good.items() if f".7.{up}." not in key}, weights)
+    with pytest.raises(AdapterFileError, match=rf"nothing for .*\.7\.{up}"):
+        verify_export(tmp_path, model)
+
+    save_file(good, weights)
+    verify_export(tmp_path, model)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1.0}))
+    with pytest.raises(AdapterFileError, match="the largest difference"):
+        verify_export(tmp_path, model)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "live"])
+def test_a_wrong_export_can_not_be_loaded(saved, tmp_path, monkeypatch):
+    """A writer that forgets how the scalings of two layers differ."""
+    model = adapted("mixtral")
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(str(tmp_path / "saved"))
+    monkeypatch.setattr(trl_moe_ext.export.vllm, "_scaled", lambda B, factor: B.contiguous())
+
+    def export(**options: bool) -> None:
+        if saved:
+            convert_adapter(tmp_path / "saved", tmp_path / "wrong", **options)
+        else:
+            export_adapter(model, tmp_path / "wrong", **options)
+
+    with pytest.raises(AdapterFileError, match="the largest difference"):
+        export()
+    assert not (tmp_path / "wrong" / "adapter_config.json").exists()
+    export(verify=False)
+    assert (tmp_path / "wrong" / "adapter_config.json").exists()

@@ -42,6 +42,15 @@ def test_no_reward_at_all_teaches_nothing():
     assert math.isnan(scores.std)
 
 
+@pytest.mark.parametrize("great", [1e308, 1e200], ids=["no finite sum", "no finite square"])
+def test_sums_that_can_not_be_reckoned_with_are_no_rewards(great):
+    scores = score_group(np.array([[great, 1.0, 2.0], [great, 0.0, 0.0]]))
+    assert np.isnan(scores.rewards[0])
+    assert scores.advantages == pytest.approx([0, -1, 1])
+    assert scores.scored
+    assert not score_group(np.full((2, 3), great)).scored
+
+
 @given(st.floats(-1e6, 1e6), st.integers(2, 9))
 def test_equal_rewards_have_no_advantage_to_the_last_bit(reward, count):
     assert not score_group(np.full((1, count), reward)).teaches

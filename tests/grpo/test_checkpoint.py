@@ -7,7 +7,7 @@ import json
 import pytest
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.checkpoint import RolloutState, last_whole_checkpoint
+from trl_moe_ext.grpo.checkpoint import RolloutState, check_unused, last_whole_checkpoint
 
 STATE = RolloutState(model_version=7, is_published=True, worker={"num_done": 3, "first_undone": 3, "done_beyond": []})
 
@@ -54,6 +54,24 @@ def test_the_newest_whole_checkpoint(tmp_path, caplog):
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
     assert [record.args[0].name for record in caplog.records] == ["checkpoint-13", "checkpoint-12", "checkpoint-11"]
+
+
+def test_one_that_is_written_again_is_not_whole_until_the_end(tmp_path):
+    checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10)
+    STATE.save(tmp_path / "checkpoint-10")
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+def test_a_used_folder(tmp_path):
+    """What is never resumed from is in nobody's way."""
+    check_unused(tmp_path / "nothing")
+    checkpoint(tmp_path, 4, trainer_state=None)
+    (tmp_path / "checkpoint-best").mkdir()
+    check_unused(tmp_path)
+    checkpoint(tmp_path, 3)
+    with pytest.raises(ConfigError, match=r"holds checkpoint-3 of an earlier run.*resume_from_checkpoint=True"):
+        check_unused(tmp_path)
 
 
 def test_no_checkpoint_at_all(tmp_path):

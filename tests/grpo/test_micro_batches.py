@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,26 @@ def sample(group: int, length: int, tag: int = 0) -> dict[str, Any]:
     return {"input_ids": ids, "completion_mask": mask, "group_id": group, "tag": tag}
 
 
+class Source:
+    """Samples that can be put back."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self._left = deque(samples)
+        self.put_back = self._left.appendleft
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self._left:
+            yield self._left.popleft()
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+
+def plan(samples: list[dict[str, Any]], num_rows: int, token_budget: int, max_samples: int) -> TokenBudgetPlanner:
+    source = Source(samples)
+    return TokenBudgetPlanner(source, num_rows, token_budget, max_samples, source.put_back)
+
+
 @given(
     lengths=st.lists(st.integers(2, BUDGET + 3), min_size=1, max_size=12),
     num_rows=st.integers(1, 3),
@@ -32,7 +54,7 @@ def sample(group: int, length: int, tag: int = 0) -> dict[str, Any]:
 )
 def test_every_sample_comes_once_and_rows_keep_to_the_budget(lengths, num_rows, spare):
     samples = [sample(at // 3, length, at) for at, length in enumerate(lengths)]
-    planned = [*TokenBudgetPlanner(samples, num_rows, BUDGET, num_rows + spare)]
+    planned = [*plan(samples, num_rows, BUDGET, num_rows + spare)]
     given_out = [entry["tag"] for rows in planned for row in rows for entry in row.samples]
     assert sorted(given_out) == [*range(len(given_out))], "in the order of the queue"
     # What does not fill a micro-batch waits for more.
@@ -52,12 +74,20 @@ def test_a_micro_batch_is_complete_with_its_last_sample():
             yield sample(0, 3, at)
         raise AssertionError("a fifth sample was asked for")
 
-    plan = iter(TokenBudgetPlanner(samples(), 1, 100, 2))
-    assert [len(next(plan)[0].samples) for _ in range(2)] == [2, 2]
+    planner = iter(TokenBudgetPlanner(samples(), 1, 100, 2, pytest.fail))
+    assert [len(next(planner)[0].samples) for _ in range(2)] == [2, 2]
+
+
+def test_what_does_not_fit_is_not_kept():
+    """A step may end there, and the next one wants to know how old the sample is by then."""
+    source = Source([sample(0, 7, 0), sample(1, 7, 1)])
+    planner = iter(TokenBudgetPlanner(source, 1, BUDGET, 4, source.put_back))
+    assert [entry["tag"] for entry in next(planner)[0].samples] == [0]
+    assert len(source) == 1
 
 
 def test_a_group_stays_together_where_it_fits():
-    rows = next(iter(TokenBudgetPlanner([sample(g, 3, t) for t, g in enumerate([0, 1, 0, 1])], 2, 20, 4)))
+    rows = next(iter(plan([sample(g, 3, t) for t, g in enumerate([0, 1, 0, 1])], 2, 20, 4)))
     assert [sorted(row.groups) for row in rows] == [[0], [1]]
 
 

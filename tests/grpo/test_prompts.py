@@ -68,6 +68,17 @@ def test_a_prompt_without_room_for_a_completion_is_refused_at_once():
     PromptSource(texts("a", "b" * 49), FakeTokenizer(), max_prompt_length=50)
 
 
+def test_the_longest_prompt_is_known_to_the_token():
+    assert PromptSource(texts("a" * 30, "b" * 50, "c" * 45, "d" * 49), FakeTokenizer()).longest == 51
+
+
+@pytest.mark.parametrize("column", ["prompts", "completions", "completion_ids"])
+def test_columns_that_would_replace_arguments_of_rewards_are_refused(column):
+    with pytest.raises(ConfigError, match=rf"columns \['{column}'\].*rename"):
+        PromptSource(texts("a").add_column(column, ["x"]), FakeTokenizer())
+    assert PromptSource(texts("a").add_column("completion", ["x"]), FakeTokenizer())[0].columns == {"answer": 0}
+
+
 @pytest.mark.parametrize(
     ("dataset", "told"),
     [

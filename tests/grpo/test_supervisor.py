@@ -124,6 +124,14 @@ def test_a_backend_that_never_starts_is_given_up_with_its_cause(tmp_path, clock)
     assert supervisor.restarts == 2
 
 
+def test_what_fails_after_an_abort_is_not_started_again(tmp_path, caplog):
+    supervisor = make(FakeBackend(faults=[Fault("start", times=100)]), tmp_path, max_restarts=0)
+    supervisor.abort()
+    supervisor.drive(snapshot(0))
+    assert supervisor.live_version is None
+    assert not caplog.text
+
+
 def test_options_that_can_never_work_are_not_tried_again(tmp_path):
     supervisor = make(FakeBackend(faults=[Fault("start", error=ConfigError)]), tmp_path)
     with pytest.raises(ConfigError):
@@ -138,9 +146,11 @@ def test_out_of_memory_halves_what_is_asked_for_at_a_time(tmp_path, clock, caplo
     supervisor.submit()
     supervisor.collect(0)
     assert "max_inflight_tasks=2" in caplog.text
+    assert backend.max_in_flight == 5
     clock.now += 1
     backend.most_in_flight = 0
     supervisor.drive(snapshot(0))
+    assert backend.max_in_flight == 2, "it starts with room for so many only"
     found = []
     while len(found) < 6:
         supervisor.submit()

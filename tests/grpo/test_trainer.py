@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import time
+from collections import Counter
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.grpo.fakes import FakeBackend
 from tests.grpo.trainer_runs import MODEL, PROMPTS, draw, make_trainer, settings
 from trl_moe_ext import AsyncMoeGRPOTrainer, MoeLoraConfig
-from trl_moe_ext.errors import ConfigError, MoeExtError, PluginError
+from trl_moe_ext.errors import ConfigError, LayoutError, MoeExtError, PluginError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest
+from trl_moe_ext.grpo.loss import trained_policy
 from trl_moe_ext.grpo.trl_async import AsyncGRPOTrainer, trainer_module
 
 
@@ -81,12 +85,31 @@ def test_fewer_syncs_than_steps(tmp_path):
     assert trainer.model_version == 2
 
 
-def test_rows_by_tokens(tmp_path):
-    """Rows within a budget, which groups may straddle; every prompt is done once all the same."""
-    trainer = make_trainer(tmp_path, token_budget=20, max_staleness=0)
+@pytest.mark.parametrize(("token_budget", "straddles"), [(20, False), (25, True)])
+def test_rows_by_tokens(token_budget, straddles, tmp_path):
+    """Steps end in the midst of groups, or before those they were generated for: no sample is lost or used twice."""
+    steps: dict[int, list[int]] = {}
+    samples: dict[int, Counter] = {}
+    lags: dict[int, list[int]] = {}
+    trainer = make_trainer(tmp_path, token_budget=token_budget, max_staleness=0, max_steps=-1, num_train_epochs=1)
+
+    def note(sample, version):
+        steps.setdefault(sample.group_id, []).append(trainer.state.global_step)
+        samples.setdefault(sample.group_id, Counter())[tuple(sample.input_ids)] += 1
+        lags.setdefault(sample.group_id, []).append(version - sample.model_version)
+
+    trainer.completions.add = note
     trainer.train()
-    assert max(logged(trainer, "batch/row_tokens_max")) <= 20
-    assert trainer.state.global_step == 3
+    assert max(logged(trainer, "batch/row_tokens_max")) <= token_budget
+    assert any(len({*found}) > 1 for found in steps.values()) == straddles
+    done = [group for group in samples if group < len(PROMPTS)]
+    assert sorted(done) == [*range(len(PROMPTS))]
+    assert all([*samples[group].values()] == [1] * 4 for group in done)
+    assert {found[0] for found in lags.values()} == {0}, "no group is begun that is too old"
+    assert max(map(max, lags.values())) == straddles
+    state = trainer.rollout_worker.state()
+    others = {group for group in samples if samples[group].total() == 4} - {*range(state["first_undone"])}
+    assert {*state["done_beyond"]} == others, "a group is done with its last sample"
 
 
 def test_an_epoch_is_every_prompt_once_and_skipped_ones_count(tmp_path):
@@ -103,6 +126,78 @@ def test_an_epoch_is_every_prompt_once_and_skipped_ones_count(tmp_path):
     assert state["num_done"] >= 8
     assert trainer.state.log_history[-1]["step"] == trainer.state.global_step
     assert all(groups <= 2 for groups in logged(trainer, "batch/groups_per_step")), "skipped ones are not trained on"
+
+
+def test_prompts_of_the_next_epoch_do_not_count(tmp_path):
+    """While one of the first epoch waits for its reward, others of the second are trained on, and skipped."""
+    last = []
+
+    def reward(completion_ids, prompts, **columns):
+        if prompts[0] == "what is 3" and not last:
+            last.append(time.sleep(1.0))
+        is_useful = int(prompts[0].split()[-1]) % 2
+        return [float(at) if is_useful else 1.0 for at in range(len(completion_ids))]
+
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1, max_staleness=4, reward_funcs=reward)
+    trainer.train()
+    assert trainer.rollout_worker.state()["first_undone"] >= len(PROMPTS)
+
+
+def test_a_signal_to_another_process_ends_all_alike(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "_total", torch.ones_like)
+    with pytest.raises(SystemExit) as end:
+        trainer.train()
+    assert end.value.code == 143
+    assert trainer.state.global_step == 1
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_a_backend_of_the_callers_costs_no_threads(tmp_path):
+    found = []
+
+    class Threads(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            found.append(torch.get_num_threads())
+
+    before, more = torch.get_num_threads(), 1 + (os.cpu_count() or 1)
+    torch.set_num_threads(more)
+    try:
+        make_trainer(tmp_path, max_steps=1, callbacks=[Threads()]).train()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [more]
+
+
+def test_a_model_whose_routers_are_unknown(tmp_path, monkeypatch):
+    """Nobody asked for its routes; its auxiliary loss would be for a router that is trained."""
+
+    def find_routers(model):
+        raise LayoutError("this can't be told")
+
+    monkeypatch.setattr(trained_policy, "find_routers", find_routers)
+    trainer = make_trainer(tmp_path, max_steps=1, router_aux_loss_coef=None)
+    assert not trainer.aux_loss_enabled
+    trainer.train()
+    with pytest.raises(LayoutError, match="this can't be told"):
+        make_trainer(tmp_path, routing_replay=True)
+
+
+class Judge:
+    """A function with options of its own."""
+
+    def __init__(self):
+        self.config = {"threshold": 1}
+
+    def __call__(self, completion_ids, **columns):
+        return [float(at) for at in range(len(completion_ids))]
+
+
+def test_a_path_and_a_reward_with_a_config(tmp_path):
+    arguments = {"train_dataset": PROMPTS, "peft_config": MoeLoraConfig(r=2), "rollout_backend": FakeBackend()}
+    trainer = AsyncMoeGRPOTrainer(MODEL, Judge(), settings(tmp_path, max_steps=1), **arguments)
+    trainer.train()
+    assert logged(trainer, "rewards/Judge") == [1.5]
 
 
 def test_trls_own_parts_are_where_they_are_looked_for(tmp_path):
@@ -123,8 +218,9 @@ def test_trls_own_parts_are_where_they_are_looked_for(tmp_path):
     ):
         assert f"self.{name}" in accounting
         assert hasattr(trainer, name)
-    for name in ("aux_loss_enabled", "router_aux_loss_coef", "_groups_before_resume", "_adapter_name", "_metrics"):
+    for name in ("aux_loss_enabled", "router_aux_loss_coef", "_epoch_stop_groups", "_adapter_name", "_metrics"):
         assert hasattr(trainer, name)
+    assert hasattr(trainer_module, "_EpochStopCallback")
 
 
 def test_accounting_is_that_of_trls_own_loss(tmp_path):
@@ -191,6 +287,7 @@ REFUSED = {
     "no prompts": (dataset(text=["a"]), "column 'prompt'"),
     "no reward": ({"reward_funcs": []}, "reward_funcs is empty"),
     "a reward model": ({"reward_funcs": "some/model"}, "give a function that calls it"),
+    "a loaded reward model": ({"reward_funcs": torch.nn.Linear(1, 1)}, "give a function that calls it"),
     "groups that straddle steps": ({"num_generations": 3}, "no multiple of num_generations=3"),
     "no budget": ({"token_budget": None}, "token_budget=None"),
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model_state_dict
+from transformers import TrainerCallback
 
 from tests.grpo.test_trainer import RecordingBackend, logged
 from tests.grpo.trainer_runs import PROMPTS, make_trainer
@@ -97,6 +100,52 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, finished):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
     assert sorted(finished) == [*range(6)]
+
+
+@pytest.mark.parametrize("end", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("save_strategy", ["steps", "epoch"])
+def test_a_run_that_was_finished_is_resumed_without_a_step(end, save_strategy, tmp_path, finished):
+    """It is not even generated for, and its checkpoint stays as it is."""
+    make_trainer(tmp_path, **OPTIONS | end).train()
+    expected, before = finished[:], times(tmp_path / "checkpoint-5")
+    backend = RecordingBackend()
+    resumed = make_trainer(tmp_path, backend, **OPTIONS | end | {"save_strategy": save_strategy})
+    result = resumed.train(resume_from_checkpoint=True)
+    assert result.global_step == resumed.state.global_step == 5
+    assert (backend.starts, finished) == ([], expected)
+    assert times(tmp_path / "checkpoint-5") == before
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+def test_before_its_first_step_a_resumed_run_writes_nothing(tmp_path):
+    """The checkpoint that it comes from may be the only one, and a second signal or a kill would damage it."""
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    make_trainer(tmp_path, max_steps=1, **OPTIONS).train()
+    before = times(tmp_path / "checkpoint-1")
+    resumed = make_trainer(tmp_path, max_steps=2, callbacks=[Stop()], **OPTIONS)
+    with pytest.raises(SystemExit):
+        resumed.train(resume_from_checkpoint=True)
+    assert times(tmp_path / "checkpoint-1") == before
+
+
+def test_a_fresh_run_does_not_mix_with_an_older_one(tmp_path):
+    make_trainer(tmp_path, max_steps=2, **OPTIONS).train()
+    backend = RecordingBackend()
+    trainer = make_trainer(tmp_path, backend, max_steps=3, **OPTIONS)
+    with pytest.raises(ConfigError, match="checkpoint-2 of an earlier run"):
+        trainer.train()
+    assert not backend.starts
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_what_was_in_the_queue_is_generated_again(tmp_path, finished):

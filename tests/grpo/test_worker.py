@@ -332,6 +332,21 @@ def test_options_that_can_not_work_are_refused_before_anything_starts(make, opti
         make(**options)
 
 
+def test_the_backend_is_told_the_longest_prompt_before_anything_starts(make):
+    class Small(FakeBackend):
+        def expect_prompts(self, longest):
+            raise ConfigError(f"no room for {longest} tokens")
+
+    with pytest.raises(ConfigError, match=f"no room for {1 + len('question 10')} tokens"):
+        make(Small())
+
+
+def test_a_process_that_only_imports_the_script_does_not_train(make, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ConfigError, match="guard the script"):
+        make()
+
+
 def test_a_worker_needs_an_adapter_and_starts_once(make):
     worker = make()
     with pytest.raises(RolloutError, match="publish one"):

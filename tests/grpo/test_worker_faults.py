@@ -68,10 +68,9 @@ def test_no_group_is_lost_or_doubled_when_the_generator_fails(make, tmp_path, er
     while not {*range(12)} <= {*trainer.trained}:
         trainer.step()
     assert len({*trainer.trained}) == len(trainer.trained)
+    wait_until(lambda: told(tmp_path)["state"] == "running" and told(tmp_path)["model_version"] == trainer.version)
     assert told(tmp_path)["restarts"] == len(faults)
     assert told(tmp_path)["pid"] == backend.pid
-    wait_until(lambda: told(tmp_path)["model_version"] == trainer.version)
-    assert told(tmp_path)["state"] == "running"
     time.sleep(0.6)
     trainer.step()
     assert sum(metrics_of(trainer.worker)["rollout/restarts_total"]) == len(faults)
@@ -179,6 +178,67 @@ def test_a_call_of_the_backend_that_never_comes_back_is_told(make):
     release.set()
 
 
+def test_a_start_that_takes_long_and_fails_is_no_call_that_hangs(make):
+    class Slow(FakeBackend):
+        def start(self, adapter):
+            time.sleep(0.5)
+            raise BackendDeadError("after a long time")
+
+    worker = make(Slow(), max_rollout_restarts=1)
+    worker.publish(snapshot(1))
+    worker.start()
+    with pytest.raises(RolloutError, match="after a long time"):
+        wait_until(lambda: worker.check_health(0.1))
+
+
+def test_stop_aborts_a_start_at_once_and_silently(make, caplog):
+    class Loading(FakeBackend):
+        aborted = threading.Event()
+        begun = threading.Event()
+
+        def start(self, adapter):
+            self.begun.set()
+            assert self.aborted.wait(60)
+            raise BackendDeadError("aborted")
+
+        def abort(self):
+            self.aborted.set()
+
+    backend = Loading()
+    worker = make(backend)
+    worker.publish(snapshot(1))
+    worker.start()
+    assert backend.begun.wait(30)
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 5
+    assert backend.stops
+    assert not caplog.text
+
+
+def test_nothing_is_killed_where_there_is_no_process(make, monkeypatch, caplog):
+    monkeypatch.setattr(worker_module, "STOP_TIMEOUT_S", 0.5)
+    release = threading.Event()
+
+    class Elsewhere(FakeBackend):
+        def submit(self, requests):
+            self._pid = None
+            release.wait(60)
+
+    backend = Elsewhere()
+    worker = make(backend)
+    worker.publish(snapshot(1))
+    worker.start()
+    wait_until(lambda: backend.starts and backend.pid is None)
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 0.95, "no second wait for what nothing was done about"
+    assert "killed" not in caplog.text
+    assert "its thread is left behind" in caplog.text
+    release.set()
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("moe-grpo")])
+
+
 def test_stop_ends_a_call_that_does_not_come_back_by_killing_its_process(make, monkeypatch):
     monkeypatch.setattr(worker_module, "STOP_TIMEOUT_S", 0.5)
 
@@ -205,11 +265,19 @@ def test_stop_ends_a_call_that_does_not_come_back_by_killing_its_process(make, m
 
 def score(make, *functions, num_steps=1, backend=None, **options):
     """Samples of some steps, and all metrics, of a run with these reward functions."""
-    trainer = Trainer(make(backend, rewards=list(functions), **options))
+    # Without running ahead, which for some of these is as far as a run is let go on without any reward.
+    trainer = Trainer(make(backend, rewards=list(functions), max_staleness=0, **options))
     samples = [sample for _ in range(num_steps) for sample in trainer.step()]
-    time.sleep(0.6)
-    trainer.step()
-    return samples, metrics_of(trainer.worker)
+    metrics = metrics_of(trainer.worker)
+    reports = len(metrics["rollout/inflight"])
+
+    def reported():
+        for name, values in metrics_of(trainer.worker).items():
+            metrics[name] += values
+        return len(metrics["rollout/inflight"]) > reports
+
+    wait_until(reported)
+    return samples, metrics
 
 
 def test_a_function_that_raises_for_one_completion_costs_that_one_its_reward(make, caplog):
@@ -324,4 +392,43 @@ def test_a_trainer_is_not_starved_by_rewards_that_are_all_the_same(make, caplog)
     trainer.step()
     assert all(sample.advantage == 0 for sample in samples)
     assert worker.skipped_groups() == {*range(4 * 2)}, "four steps' worth, then they are handed on"
-    assert caplog.text.count("groups in a row had the same reward") == 1
+    assert caplog.text.count("of 9 groups in a row, 9 had the same reward") == 1
+    assert "and 0 no reward at all" in caplog.text
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_run_without_any_reward_ends_with_the_reason(make, skip):
+    def broken(**kwargs):
+        raise ImportError("install what checks the answers")
+
+    trainer = Trainer(make(rewards=broken, skip_zero_advantage=skip, groups_per_step=1), groups_per_step=1)
+    told = r"of the first 4 groups.*broken raised ImportError: install what"
+    with pytest.raises(RolloutError, match=told) as ended:
+        wait_until(lambda: not trainer.step())
+    assert len(trainer.trained) <= 4
+    assert isinstance(ended.value.__cause__.__cause__, ImportError)
+
+
+def test_a_run_that_has_had_a_reward_goes_on_without(make, caplog):
+    calls = []
+
+    def first_only(completions, **kwargs):
+        calls.append(1)
+        return [1.0, 2.0, 3.0, 4.0] if len(calls) == 1 else [None] * len(completions)
+
+    trainer = Trainer(make(rewards=first_only, groups_per_step=1), groups_per_step=1)
+    for _ in range(8):
+        trainer.step()
+    trainer.worker.check_health(60)
+    assert "of 5 groups in a row, 0 had the same reward for all of their completions, and 5 no reward" in caplog.text
+
+
+def test_a_function_that_yields_and_raises_costs_one_completion_its_reward(make, caplog):
+    def each(completions, **kwargs):
+        for completion in completions:
+            yield 1.0 / (ord(completion[0]) % 2) + ord(completion[1])
+
+    samples, _ = score(make, each, num_steps=2)
+    assert any(math.isnan(sample.metrics["reward"]) for sample in samples)
+    assert any(sample.advantage for sample in samples)
+    assert "reward function each raised ZeroDivisionError" in caplog.text

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["adapted_skeleton"]
+from trl_moe_ext.export.base_config import base_config
 
-_OF_THE_CONFIG = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
+__all__ = ["adapted_skeleton", "give_factors"]
 
 
 def adapted_skeleton(
@@ -25,11 +28,21 @@ def adapted_skeleton(
         peft_config: of the adapter; it is copied.
         model_init_kwargs: of `from_pretrained`; what the config depends on is taken from it.
     """
-    kwargs = {name: value for name, value in (model_init_kwargs or {}).items() if name in _OF_THE_CONFIG}
-    config = AutoConfig.from_pretrained(model_path, **kwargs)
+    kwargs = model_init_kwargs or {}
+    config = base_config(model_path, kwargs)
     with torch.device("meta"):
         model = _model(config, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     return get_peft_model(model, copy.deepcopy(peft_config))
+
+
+def give_factors(skeleton: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """Put factors, named as `peft.get_peft_model_state_dict` does, in the places of those that have no data.
+
+    PEFT's own `set_peft_model_state_dict` takes factors to the device of their layer, where they would lose theirs.
+    """
+    named = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", key): tensor for key, tensor in state.items()}
+    unknown = skeleton.load_state_dict(named, strict=False, assign=True).unexpected_keys
+    assert not unknown, f"{unknown[:3]} have no place"
 
 
 def _model(config: Any, trust_remote_code: bool) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from trl_moe_ext.errors import AdapterFileError
 
-__all__ = ["expert_deltas", "read_deltas"]
+__all__ = ["expert_deltas", "iter_deltas", "read_deltas"]
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)")
@@ -27,20 +28,26 @@ _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 
 
 def read_deltas(folder: str | Path) -> dict[str, Tensor]:
-    """``(out, in)`` in float32 for each adapted module, by its name: what is added to its weight.
+    """What `iter_deltas` tells, at once: as large as all adapted weights together."""
+    return dict(iter_deltas(folder))
+
+
+def iter_deltas(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Name of each adapted module, and what is added to its weight: ``(out, in)`` in float32.
 
     Raises:
         AdapterFileError: a tensor is no factor of a pair, or the pair does not fit together.
     """
     config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
-    pairs: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    keys: defaultdict[str, dict[str, str]] = defaultdict(dict)
     with safe_open(Path(folder, "adapter_model.safetensors"), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dictionary
             match = _FACTOR.fullmatch(key)
             if match is None:
                 raise AdapterFileError(f"{folder}: {key} is neither lora_A nor lora_B of a module")
-            pairs[match["module"]][match["side"]] = file.get_tensor(key).float()
-    return {module: _delta(module, pair, config) for module, pair in pairs.items()}
+            keys[match["module"]][match["side"]] = key
+        for module, sides in keys.items():
+            yield module, _delta(module, {side: file.get_tensor(key).float() for side, key in sides.items()}, config)
 
 
 def _delta(module: str, pair: dict[str, Tensor], config: dict[str, Any]) -> Tensor:

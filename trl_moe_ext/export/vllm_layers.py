@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor
 
@@ -95,6 +95,8 @@ def read_layers(model: PeftModel, adapter_name: str) -> AdaptedLayers:
 
 
 def _check_options(config: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        raise _refused(f"an adapter of {type(config).__name__}, which is no LoRA", "use LoRA or moe_lora")
     for option in _OPTIONS:
         if getattr(config, option, None):
             raise _refused(f"{option}={getattr(config, option)!r}")

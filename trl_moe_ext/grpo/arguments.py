@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig
+from torch import nn
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends.protocol import RolloutBackend
@@ -62,7 +63,7 @@ def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:
     if not functions:
         raise ConfigError("reward_funcs is empty: completions that nothing scores teach nothing; give a function")
     for function in functions:
-        if isinstance(function, str) or not callable(function) or hasattr(function, "config"):
+        if isinstance(function, str) or not callable(function) or isinstance(function, nn.Module):
             raise ConfigError(
                 f"reward_funcs should be functions; found {function!r}. To score with a model, load it yourself and "
                 "give a function that calls it"

@@ -12,7 +12,7 @@ from typing import Any
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.files import write_atomically
 
-__all__ = ["RolloutState", "last_whole_checkpoint"]
+__all__ = ["RolloutState", "check_unused", "last_whole_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,13 @@ class RolloutState:
     worker: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """Write ``rollout_state.json`` into the folder of a checkpoint, which is made if it is not there."""
+        """Write ``rollout_state.json`` into the folder of a checkpoint, which is made if it is not there.
+
+        The folder may hold an older checkpoint of the same step; from here on it is not whole until transformers has
+        written all of it anew.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / _LAST_FILE).unlink(missing_ok=True)
         write_atomically(folder / _FILE, json.dumps(asdict(self)))
 
     @classmethod
@@ -65,15 +70,36 @@ def last_whole_checkpoint(output_dir: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    numbered = [(int(match[1]), path) for match, path in named if match]
-    for _, path in sorted(numbered, reverse=True):
+    for path in _newest_first(output_dir):
         if _is_whole(path):
             return path
         logger.warning("%s was not written to its end and is left alone; resuming from one before it", path)
     raise ConfigError(
         f"{output_dir} has no checkpoint to resume from; check output_dir, or leave resume_from_checkpoint out"
     )
+
+
+def check_unused(output_dir: Path) -> None:
+    """Refuse a folder for a run that begins anew if the checkpoints of another could be taken for its own.
+
+    One that was not written to its end is in nobody's way: it is never resumed from.
+
+    Raises:
+        ConfigError: a whole checkpoint is there.
+    """
+    found = next((path for path in _newest_first(output_dir) if _is_whole(path)), None)
+    if found is not None:
+        raise ConfigError(
+            f"{output_dir} holds {found.name} of an earlier run, which a later resume could take for one of this run; "
+            "set resume_from_checkpoint=True to go on with that run, give another output_dir, or delete its "
+            "checkpoints to begin anew"
+        )
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    numbered = [(int(match[1]), path) for match, path in named if match]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def _is_whole(checkpoint: Path) -> bool:

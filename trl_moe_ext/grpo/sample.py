@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from trl_moe_ext.grpo.backends.protocol import Segment
 from trl_moe_ext.grpo.trl_async import RolloutSample
 from trl_moe_ext.router.record import RoutingRecord
 
-__all__ = ["MoeRolloutSample", "SampleMetrics", "version_of_tokens"]
+__all__ = ["MoeRolloutSample", "SampleMetrics"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,8 +31,3 @@ class SampleMetrics(dict[str, float]):
     """The metrics of a sample, and the sample itself: TRL passes the dictionary on to the collator as it is."""
 
     sample: MoeRolloutSample
-
-
-def version_of_tokens(segments: tuple[Segment, ...]) -> np.ndarray:
-    """``(C,)`` int64: the version that drew each token of the completion."""
-    return np.repeat([s.model_version for s in segments], [s.num_tokens for s in segments])

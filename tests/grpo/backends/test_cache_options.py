@@ -41,6 +41,7 @@ def test_more_than_are_fast_together_wait_their_turn() -> None:
     assert (found["max_requests_per_batch"], found["num_blocks"]) == (64, 64 * 5)
     assert options(500, is_gpu=True)["max_requests_per_batch"] == 500
     assert options(500, given={"max_requests_per_batch": 3})["num_blocks"] == 3 * 5
+    assert options(2, given={"max_requests_per_batch": 64})["num_blocks"] == 2 * 5
 
 
 def test_memory_is_bounded() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ from trl_moe_ext.router.routers import find_routers
 from trl_moe_ext.router.trace import RouterTrace
 
 LONG = 300
+
+
+class OfAFunction(LoraConfig):  # type: ignore[misc]
+    """A config that holds what pickle can't take."""
+
+    def __init__(self) -> None:
+        super().__init__(target_modules=["q_proj"])
+        self.chooses = lambda name: name
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +140,7 @@ def test_segments_across_an_adapter_that_arrives_meanwhile(backend: LocalBackend
 
 
 def test_a_request_that_the_cache_can_not_hold_is_refused(backend: LocalBackend) -> None:
-    with pytest.raises(ConfigError, match=r"request long: its prompt of 99999 tokens.*num_blocks"):
+    with pytest.raises(ConfigError, match=r"request long: a prompt of 99999 tokens.*num_blocks"):
         backend.submit([GenerationRequest("long", (5,) * 99_999, seed=0)])
     assert backend.collect(0.0) == []
 
@@ -176,12 +185,54 @@ def test_a_damaged_adapter_is_sent_again_once(backend: LocalBackend, trainer: Pe
         ({"transformers_continuous_batching_config": {"allow_block_sharing": True}}, "an older adapter"),
         ({"transformers_continuous_batching_config": {"use_async_batching": True}}, "of no version"),
         ({"transformers_continuous_batching_config": {"return_logprobs": False}}, "log-probabilities"),
+        ({"transformers_continuous_batching_config": {"use_cuda_graph": True}}, "use_cuda_graph=True.*signs of"),
+        ({"transformers_continuous_batching_config": {"use_cuda_graph": [False, True]}}, "use_cuda_graph"),
+        (
+            {"model_init_kwargs": {"quantization_config": lambda: 0}},
+            r"kwargs\['quantization_config'\]=<fun",
+        ),
+        ({"peft_config": OfAFunction()}, "peft_config=.*can't be sent"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_options_that_can_not_be_served_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    model_init_kwargs = options.pop("model_init_kwargs", {})
+    made = replace(context("model", tmp_path, **options), model_init_kwargs=model_init_kwargs)
     with pytest.raises(ConfigError, match=message):
-        LocalBackend(context("model", tmp_path, **options))
+        LocalBackend(made)
+
+
+def test_graphs_that_are_switched_off_are_no_graphs(tmp_path: Path) -> None:
+    for value in (False, [False, False], None):
+        LocalBackend(context("model", tmp_path, transformers_continuous_batching_config={"use_cuda_graph": value}))
+
+
+def test_the_cache_is_for_the_longest_prompt_and_what_is_in_flight(
+    model_path: str, trainer: PeftModel, tmp_path: Path
+) -> None:
+    longest = 1500
+    backend = LocalBackend(context(model_path, tmp_path, max_inflight_tasks=64))
+    backend.expect_prompts(longest)
+    backend.max_in_flight = 2
+    try:
+        backend.start(snapshot(trainer))
+        # Of a request that has the cache for itself.
+        assert 2 <= backend._max_request_tokens / (longest + 12) < 2.1
+        ask(backend, 1, [(5, 9) * (longest // 2)])
+        assert len(collect(backend, 1)[0].token_ids) == 12
+    finally:
+        backend.stop()
+
+
+def test_prompts_that_the_given_cache_can_not_hold_are_refused_at_the_start(
+    model_path: str, trainer: PeftModel, tmp_path: Path
+) -> None:
+    cache = {"page_size": 32, "num_blocks": 4}
+    backend = LocalBackend(context(model_path, tmp_path, transformers_continuous_batching_config=cache))
+    backend.expect_prompts(500)
+    with pytest.raises(ConfigError, match=r"the dataset: a prompt of 500 tokens.*=12 need 512.*num_blocks"):
+        backend.start(snapshot(trainer))
+    assert backend.pid is None
 
 
 def test_an_adapter_of_another_kind_is_refused_and_nothing_is_left(

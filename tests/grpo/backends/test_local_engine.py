@@ -6,6 +6,8 @@ import os
 import pickle
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from peft import PeftModel
 from tests.grpo.backends.local_runs import PEFT, PROMPTS, log_probs, save_model, snapshot, trainer_model
 from trl_moe_ext.grpo.backends.local.draft import Draft
 from trl_moe_ext.grpo.backends.local.engine import LocalEngine
+from trl_moe_ext.grpo.backends.local.model import AdaptedModel
 from trl_moe_ext.grpo.backends.local.wire import Alive, Finished, Setup
 from trl_moe_ext.grpo.backends.protocol import GenerationRequest, Sampling, Segment
 from trl_moe_ext.router.record import RoutingRecord
@@ -24,6 +27,21 @@ from trl_moe_ext.router.routers import find_routers
 from trl_moe_ext.router.trace import RouterTrace
 
 COUNT, LENGTH = 6, 24
+SETUP = Setup(
+    model_path="",
+    model_init_kwargs={"dtype": "float32"},
+    peft_config=pickle.dumps(PEFT),
+    sampling=Sampling(max_completion_length=LENGTH),
+    prompt_tokens=8,
+    max_requests=COUNT,
+    cache={"page_size": 4, "num_blocks": 16, "max_batch_tokens": 5, "safety_margin": 0.0},
+    seed=0,
+    device="cpu",
+    num_threads=torch.get_num_threads(),
+    record_routes=True,
+    pad_token_id=0,
+    parent_pid=os.getppid(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +57,7 @@ def trainer(model_path: str) -> PeftModel:
 @pytest.fixture
 def engine(model_path: str) -> Iterator[tuple[LocalEngine, queue.SimpleQueue[Any]]]:
     """With a cache of 64 tokens, of which 5 are prefilled at a time, for requests of up to 31."""
-    setup = Setup(
-        model_path=model_path,
-        model_init_kwargs={"dtype": "float32"},
-        peft_config=pickle.dumps(PEFT),
-        sampling=Sampling(max_completion_length=LENGTH),
-        max_requests=COUNT,
-        cache={"page_size": 4, "num_blocks": 16, "max_batch_tokens": 5, "safety_margin": 0.0},
-        seed=0,
-        device="cpu",
-        num_threads=torch.get_num_threads(),
-        record_routes=True,
-        pad_token_id=0,
-        parent_pid=os.getppid(),
-    )
+    setup = replace(SETUP, model_path=model_path)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     made = LocalEngine(setup, inbox.put)
     yield made, inbox
@@ -75,6 +80,14 @@ def test_requests_that_share_too_small_a_cache(
         assert message.routes is not None
         assert same_experts(record_from_bytes(message.routes), trainer, [*prompt, *generation.token_ids])
     assert thrown_out  # else the cache was not too small
+
+
+def test_a_model_is_found_where_its_options_say(tmp_path: Path) -> None:
+    """The config as well as the weights; who asks for them (a token) takes the same way."""
+    save_model(tmp_path / "inner")
+    options = {"subfolder": "inner", "dtype": "float32"}
+    setup = replace(SETUP, model_path=str(tmp_path), model_init_kwargs=options)
+    assert AdaptedModel(setup).language_model.config.model_type == "qwen3_moe"
 
 
 def count_thrown_out(engine: LocalEngine) -> list[int]:

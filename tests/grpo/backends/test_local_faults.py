@@ -119,6 +119,32 @@ def test_an_idle_generator_is_not_taken_for_hung(backend: LocalBackend, adapter:
     assert collect_for(backend, 3.0) == []
 
 
+@pytest.mark.parametrize("delay", [0.0, 1.0], ids=["at once", "while it loads"])
+def test_an_abort_ends_a_start(
+    backend: LocalBackend, adapter: AdapterSnapshot, monkeypatch: pytest.MonkeyPatch, delay: float
+) -> None:
+    """A generator that takes for ever to load, as a large model from a slow disk."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    backend.module = "tests.grpo.backends.loading_process"  # type: ignore[misc]
+    threading.Timer(delay, backend.abort).start()
+    began = time.monotonic()
+    with pytest.raises(BackendDeadError, match="aborted"):
+        backend.start(adapter)
+    assert time.monotonic() - began < delay + 2
+    assert backend.pid is None
+    backend.abort()
+    backend.stop()
+
+
+def test_a_message_that_can_not_be_sent_is_told_to_who_sends_it(
+    backend: LocalBackend, adapter: AdapterSnapshot
+) -> None:
+    backend.start(adapter)
+    with pytest.raises(Exception, match="pickle"):
+        backend._running().send(lambda: None)  # type: ignore[arg-type]
+    backend.load_adapter(adapter)  # the link goes on
+
+
 def test_nothing_is_left_after_a_stop(backend: LocalBackend, adapter: AdapterSnapshot) -> None:
     handles_before, threads_before = handles(), threading.active_count()
     backend.start(adapter)

@@ -176,6 +176,9 @@ def test_at_most_max_inflight_tasks_are_at_the_server(serve, make, snapshots):
     assert len(server.asked) == 2
     server.gate.set()
     assert len(collect(backend, 5)) == 5
+    backend.max_in_flight = 1
+    backend.start(snapshots[0])
+    assert len(backend._threads) == 1
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,51 @@ def test_a_server_that_can_not_serve_is_refused_with_the_flags(server, named, se
     backend = make(serve(**server).url)
     with pytest.raises(ConfigError, match=named):
         backend.start(snapshots[0])
+
+
+@pytest.mark.parametrize(("longest", "fits"), [(61, True), (62, False)])
+def test_the_longest_prompt_has_to_fit(longest, fits, serve, make, snapshots):
+    backend = make(serve(max_model_len=64).url)
+    backend.expect_prompts(longest)
+    if fits:
+        backend.start(snapshots[0])
+    else:
+        with pytest.raises(ConfigError, match=r"completion_length=3 .*prompt of 62 tokens: the server takes 64"):
+            backend.start(snapshots[0])
+
+
+def test_an_abort_ends_waiting_for_a_server(make, snapshots):
+    backend = make("http://127.0.0.1:9", vllm_server_timeout=60.0)  # nothing listens there
+    threading.Timer(0.5, backend.abort).start()
+    began = time.monotonic()
+    with pytest.raises(BackendDeadError, match="given up"):
+        backend.start(snapshots[0])
+    with pytest.raises(BackendDeadError, match="aborted"):
+        backend.start(snapshots[0])
+    assert time.monotonic() - began < 5
+
+
+def test_a_version_that_can_not_be_unloaded_costs_no_completion(serve, make, snapshots, monkeypatch, caplog):
+    monkeypatch.setattr("trl_moe_ext.grpo.backends.vllm.versions._UNLOAD_SECONDS", 0.2)
+    server = serve()
+    backend = make(server.url)
+    backend.start(snapshots[0])
+    server.unloading.clear()  # it does not answer any more
+    server.gate.clear()
+    backend.submit(requests(2))
+    arrived(server, 2)
+    backend.load_adapter(snapshots[1])
+    server.gate.set()
+    assert len(collect(backend, 2)) == 2
+    began = time.monotonic()
+    backend.load_adapter(snapshots[2])
+    assert time.monotonic() - began < 2
+    assert "keeps policy-" in caplog.text
+    backend.submit(requests(2, start=2))
+    assert [generation.model_version for generation in collect(backend, 2)] == [2, 2]
+    server.unloading.set()
+    backend.load_adapter(snapshots[3])
+    assert [name.rpartition("-")[2] for name in server.adapters] == ["v3"]
 
 
 def test_log_probs_of_another_distribution_are_refused(serve, make, snapshots):
@@ -224,7 +272,7 @@ def test_the_key_is_sent_and_asked_for_where_others_could_listen(serve, make, sn
 
 
 def test_a_server_that_goes_away_is_dead(serve, make, snapshots, monkeypatch):
-    monkeypatch.setattr("trl_moe_ext.grpo.backends.vllm_http._PAUSES", (0.05, 0.05))
+    monkeypatch.setattr("trl_moe_ext.grpo.backends.vllm.http._PAUSES", (0.05, 0.05))
     server = serve()
     backend = make(server.url)
     backend.start(snapshots[0])
@@ -250,7 +298,7 @@ def test_a_server_that_was_restarted_is_dead_and_started_again(serve, make, snap
 
 
 def test_a_busy_server_is_asked_again(serve, make, snapshots, monkeypatch):
-    monkeypatch.setattr("trl_moe_ext.grpo.backends.vllm_http._PAUSES", (0.05, 0.05))
+    monkeypatch.setattr("trl_moe_ext.grpo.backends.vllm.http._PAUSES", (0.05, 0.05))
     server = serve()
     backend = make(server.url)
     backend.start(snapshots[0])

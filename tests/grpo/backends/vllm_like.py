@@ -44,6 +44,7 @@ class VllmLike:
     Attributes:
         adapters: name -> folder, of those that are loaded.
         gate: completions are answered while it is set.
+        unloading: the same for adapters that are to be unloaded.
         asked: bodies of the completions.
     """
 
@@ -61,6 +62,8 @@ class VllmLike:
         self.failures: list[int] = []  # statuses for the next completions
         self.gate = threading.Event()
         self.gate.set()
+        self.unloading = threading.Event()
+        self.unloading.set()
         self.arrived = threading.Semaphore(0)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"vllm": self}))
         self._server.daemon_threads = True
@@ -73,6 +76,7 @@ class VllmLike:
 
     def close(self) -> None:
         self.gate.set()
+        self.unloading.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -101,6 +105,7 @@ class VllmLike:
         if path == "/v1/load_lora_adapter" and self.options["updates"]:
             return self._load(body)
         if path == "/v1/unload_lora_adapter" and self.options["updates"]:
+            self.unloading.wait(30)
             self.unloaded.append(body["lora_name"])
             return (200, "Success") if self.adapters.pop(body["lora_name"], None) else _error(404, "cannot be found")
         return 404, {"detail": "Not Found"}

@@ -79,10 +79,12 @@ def cache_options(
             raise ConfigError(
                 f"the cache of one completion of {tokens_per_request} tokens takes {needed * block / 2**20:,.0f} MiB, "
                 f"and {memory / 2**20:,.0f} MiB may be used. Lower max_completion_length or the number of completions "
-                "at a time, or set num_blocks and max_batch_tokens in transformers_continuous_batching_config"
+                "at a time, leave the longest prompts out, or set num_blocks and max_batch_tokens in "
+                "transformers_continuous_batching_config"
             )
-        options["num_blocks"] = min(at_a_time * needed, affordable)
-        if options["num_blocks"] == at_a_time * needed:
+        wanted = min(at_a_time, num_requests) * needed
+        options["num_blocks"] = min(wanted, affordable)
+        if options["num_blocks"] == wanted:
             # There is room for all to their end: none has to wait until a part of the cache is free.
             options["safety_margin"] = 0.0
     return {name: value for name, value in options.items() if name not in given}

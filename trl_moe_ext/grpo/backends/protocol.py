@@ -1,16 +1,19 @@
 """What a rollout backend is: it generates completions with the adapter that it was last given.
 
 A backend knows nothing of prompts as text, groups, rewards or training: it is asked for completions of token ids and
-hands back token ids with the log-probabilities that they were drawn with. All calls come from one thread. A backend
-that fails is started again by its caller, which also asks again for what it had not finished: a backend keeps no
-promises beyond its own life, and never restarts itself.
+hands back token ids with the log-probabilities that they were drawn with. All calls but `abort` come from one thread.
+A backend that fails is started again by its caller, which also asks again for what it had not finished: a backend
+keeps no promises beyond its own life, and never restarts itself.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trl_moe_ext.errors import MoeExtError
@@ -140,16 +143,31 @@ class BackendContext:
     output_dir: str
     record_routes: bool = False
     pad_token_id: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class RolloutBackend(ABC):
-    """Generates completions. All methods are called from one thread, but `pid`, which any thread may read."""
+    """Generates completions.
+
+    All methods are called from one thread, but `abort`, and `pid`, which any thread may read.
+
+    Attributes:
+        max_in_flight: completions that it will be asked for at a time; set before a start, and lowered before one that
+            follows a lack of memory. None for `max_inflight_tasks` of the options.
+    """
+
+    max_in_flight: int | None = None
 
     @property
     @abstractmethod
     def pid(self) -> int | None:
         """Of the process that generates; None before `start`, after `stop`, and for a server somewhere else."""
+
+    def expect_prompts(self, longest: int) -> None:  # noqa: B027 - a backend may take prompts of any length
+        """Called before `start`: the longest prompt has so many tokens.
+
+        Raises:
+            ConfigError: that, and a completion, are more than it can ever hold.
+        """
 
     @abstractmethod
     def start(self, adapter: AdapterSnapshot) -> None:
@@ -186,6 +204,16 @@ class RolloutBackend(ABC):
         Raises:
             BackendError: it can't go on.
         """
+
+    def abort(self) -> None:
+        """Called from any thread, for good: a `start` that is under way in another one fails soon.
+
+        `stop` is still called afterwards, from the thread of the other calls.
+        """
+        pid = self.pid
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     @abstractmethod
     def stop(self) -> None:

@@ -27,16 +27,27 @@ class TokenBudgetPlanner:
     TRL's planner goes by the tokens alone: a step may then need more samples than the generator is allowed to make
     before the next version, and wait for ever.
 
+    That a sample does not fit is only seen once it is taken. It is put back and not kept: the next micro-batch may be
+    of the next step, for which it may be too old.
+
     Args:
         samples: as TRL's packing takes them.
         num_rows: of a micro-batch, one for each process; none is left empty.
         token_budget: of a row: its packed tokens, and its trained tokens. A longer sample has a row for itself.
         max_samples: of a micro-batch; at least `num_rows`.
+        put_back: takes the last one of `samples`, to come again or to be replaced.
     """
 
-    def __init__(self, samples: Iterable[dict[str, Any]], num_rows: int, token_budget: int, max_samples: int) -> None:
+    def __init__(
+        self,
+        samples: Iterable[dict[str, Any]],
+        num_rows: int,
+        token_budget: int,
+        max_samples: int,
+        put_back: Callable[[dict[str, Any]], None],
+    ) -> None:
         assert max_samples >= num_rows, (max_samples, num_rows)
-        self._samples = samples
+        self._samples, self._put_back = samples, put_back
         self._num_rows, self._token_budget, self._max_samples = num_rows, token_budget, max_samples
 
     def __iter__(self) -> Iterator[list[TreeRow]]:
@@ -44,9 +55,10 @@ class TokenBudgetPlanner:
         for sample in self._samples:
             row = self._place(rows, sample)
             if row is None:
+                self._put_back(sample)
                 yield rows
                 rows = self._empty_rows()
-                row = rows[0]
+                continue
             row.add(sample)
             if sum(len(row.samples) for row in rows) == self._max_samples:
                 yield rows

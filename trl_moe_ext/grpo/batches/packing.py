@@ -21,7 +21,7 @@ from trl_moe_ext.grpo.sample import MoeRolloutSample
 from trl_moe_ext.grpo.trl_async import DataCollatorForRollout, TreeRow
 from trl_moe_ext.router.record import NOT_RECORDED, RoutingRecord
 
-__all__ = ["PackedRow", "RolloutCollator", "made_up_batch", "packed_order", "routes_of", "samples_of"]
+__all__ = ["PackedRow", "RolloutCollator", "made_up_batch", "packed_order", "routes_of", "sample_of", "samples_of"]
 
 _TREE = ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
 
@@ -96,7 +96,7 @@ class RolloutCollator(DataCollatorForRollout):  # type: ignore[misc]
                 "TRL packs the tokens of its prefix tree in another order than trl_moe_ext knows, so routes can't be "
                 "told apart; install trl 1.16, or switch routing_replay off"
             )
-        samples = [(nodes, self._encoded(_sample(e), slots)) for e, nodes in zip(row.samples, row.sample_nodes)]
+        samples = [(nodes, self._encoded(sample_of(e), slots)) for e, nodes in zip(row.samples, row.sample_nodes)]
         merged, conflicts = merge_routes(slots, len(order), samples)
         self.metrics["router/replay_conflict_frac"].append((float(conflicts.sum()), float(len(order))))
         return merged[torch.tensor(order)]
@@ -148,9 +148,10 @@ def made_up_batch(num_tokens: int, pad_token_id: int) -> dict[str, Any]:
 
 def samples_of(rows: Sequence[TreeRow]) -> list[MoeRolloutSample]:
     """The samples of some rows, which TRL's packing carries as dictionaries of a few fields."""
-    return [_sample(entry) for row in rows for entry in row.samples]
+    return [sample_of(entry) for row in rows for entry in row.samples]
 
 
-def _sample(entry: dict[str, Any]) -> MoeRolloutSample:
+def sample_of(entry: dict[str, Any]) -> MoeRolloutSample:
+    """The sample that one such dictionary is of."""
     sample: MoeRolloutSample = entry["metrics"].sample
     return sample

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trl_moe_ext.errors import ConfigError, LayoutError
+from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.batches.packing import routes_of
 from trl_moe_ext.grpo.batches.routes import RouteSlots
 from trl_moe_ext.router.mismatch import RoutingMismatch
 from trl_moe_ext.router.record import RoutingRecord
 from trl_moe_ext.router.replay import RoutingReplay
-from trl_moe_ext.router.routers import find_routers
+from trl_moe_ext.router.routers import Router
 
 __all__ = ["StepReplay"]
 
@@ -23,22 +23,16 @@ class StepReplay:
     """Attached to the routers of a model for one micro-batch at a time.
 
     Args:
-        model: with its adapter.
+        routers: of the model, with its adapter.
         is_replayed: whether routes are replayed; else they are only compared.
         total: sums a tensor over all processes.
 
     Raises:
         ConfigError: routes are to be replayed, and the model has no router.
-        LayoutError: they are, and its routers can't be told.
     """
 
-    def __init__(self, model: nn.Module, is_replayed: bool, total: Callable[[Tensor], Tensor]) -> None:
-        try:
-            self._routers = find_routers(model)
-        except LayoutError:
-            if is_replayed:
-                raise
-            self._routers = []  # nobody asked for the routes of this model
+    def __init__(self, routers: Sequence[Router], is_replayed: bool, total: Callable[[Tensor], Tensor]) -> None:
+        self._routers = list(routers)
         if is_replayed and not self._routers:
             raise ConfigError("routing_replay has no effect, because the model has no router; leave it out")
         self.slots = RouteSlots(self._routers) if self._routers else None

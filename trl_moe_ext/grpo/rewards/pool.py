@@ -15,7 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_moe_ext.grpo.rewards.calls import RewardTimeoutError, call_reward
+from trl_moe_ext.grpo.rewards.answers import Answer, RewardTimeoutError
+from trl_moe_ext.grpo.rewards.calls import call_reward
+from trl_moe_ext.grpo.rewards.event_loop import EventLoop
 from trl_moe_ext.grpo.rewards.process import RewardProcess
 
 __all__ = ["RewardPool"]
@@ -27,7 +29,7 @@ class _Runner(ABC):
     """Runs the calls of one thread of the pool, one after another."""
 
     @abstractmethod
-    def run(self, function: int, arguments: Mapping[str, Any]) -> Any: ...
+    def run(self, function: int, arguments: Mapping[str, Any]) -> Answer: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -35,11 +37,11 @@ class _Runner(ABC):
 
 
 class _InThread(_Runner):
-    def __init__(self, functions: Sequence[Callable[..., Any]], timeout_s: float) -> None:
-        self._functions, self._timeout_s = functions, timeout_s
+    def __init__(self, functions: Sequence[Callable[..., Any]], loop: EventLoop, timeout_s: float) -> None:
+        self._functions, self._loop, self._timeout_s = functions, loop, timeout_s
 
-    def run(self, function: int, arguments: Mapping[str, Any]) -> Any:
-        return call_reward(self._functions[function], arguments, self._timeout_s)
+    def run(self, function: int, arguments: Mapping[str, Any]) -> Answer:
+        return call_reward(self._functions[function], arguments, self._loop, self._timeout_s)
 
     def close(self) -> None:
         pass
@@ -49,7 +51,7 @@ class _InProcess(_Runner):
     def __init__(self, functions: Sequence[Callable[..., Any]], timeout_s: float) -> None:
         self._process = RewardProcess(functions, timeout_s)
 
-    def run(self, function: int, arguments: Mapping[str, Any]) -> Any:
+    def run(self, function: int, arguments: Mapping[str, Any]) -> Answer:
         return self._process.call(function, arguments)
 
     def close(self) -> None:
@@ -60,7 +62,7 @@ class _InProcess(_Runner):
 class _Call:
     function: int
     arguments: Mapping[str, Any]
-    future: Future[Any] = field(default_factory=Future)
+    future: Future[Answer] = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -97,10 +99,11 @@ class RewardPool:
         timeout_s: float,
         on_done: Callable[[], None],
     ) -> None:
+        self._loop = EventLoop()
+        self._make_runner: Callable[[], _Runner] = lambda: _InThread(functions, self._loop, timeout_s)
         if kind == "process":
             RewardProcess.check(functions)
-        runner: type[_InThread] | type[_InProcess] = _InProcess if kind == "process" else _InThread
-        self._make_runner: Callable[[], _Runner] = lambda: runner(functions, timeout_s)
+            self._make_runner = lambda: _InProcess(functions, timeout_s)
         # A process is killed by the thread that waits for it; this limit is for where that can't be done.
         self._timeout_s = timeout_s if kind == "thread" else float("inf")
         self._concurrency, self._on_done = concurrency, on_done
@@ -110,8 +113,8 @@ class RewardPool:
         self._unfinished = 0
         self._stopped = False
 
-    def submit(self, function: int, arguments: Mapping[str, Any]) -> Future[Any]:
-        """Call function number `function`; the future has what it returns or raises, or a RewardTimeoutError."""
+    def submit(self, function: int, arguments: Mapping[str, Any]) -> Future[Answer]:
+        """Call function number `function`; the future has its answer, what it raises, or a RewardTimeoutError."""
         call = _Call(function, arguments)
         with self._lock:
             assert not self._stopped, "a call for a pool that has been stopped"
@@ -124,15 +127,15 @@ class RewardPool:
         """Give up calls that take too long. To be called now and then: nothing else watches threads that hang."""
         now = time.monotonic()
         with self._lock:
-            late = [w for w in self._workers if w.call is not None and now - w.began > self._timeout_s]
-            for worker in late:
+            # With their calls: a worker may finish its call, and forget it, as soon as the lock is free.
+            late = [(w, w.call) for w in self._workers if w.call is not None and now - w.began > self._timeout_s]
+            for worker, _ in late:
                 worker.abandoned = True
                 self._workers.remove(worker)
                 self._unfinished -= 1
             self._hire(len(late))
-        for worker in late:
-            assert worker.call is not None
-            worker.call.future.set_exception(RewardTimeoutError())
+        for _, call in late:
+            call.future.set_exception(RewardTimeoutError())
             self._on_done()
 
     def stop(self, grace_s: float = 5.0) -> None:
@@ -147,6 +150,7 @@ class RewardPool:
             self._stopped = True
             workers = list(self._workers)
         self._cancel_waiting()
+        self._loop.stop()
         for worker in workers:
             self._calls.put(None)
             worker.runner.close()
@@ -193,9 +197,9 @@ class RewardPool:
             return False
         with self._lock:
             worker.call, worker.began = call, time.monotonic()
-        result, error = None, None
+        error = None
         try:
-            result = worker.runner.run(call.function, call.arguments)
+            answer = worker.runner.run(call.function, call.arguments)
         except BaseException as raised:  # SystemExit of a user's function included: it is the call's, not ours
             error = raised
         with self._lock:
@@ -204,7 +208,7 @@ class RewardPool:
                 return False  # the future has its timeout already
             self._unfinished -= 1
         if error is None:
-            call.future.set_result(result)
+            call.future.set_result(answer)
         else:
             call.future.set_exception(error)
         self._on_done()

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.rewards.calls import RewardTimeoutError, checked_rewards, one_of, reward_name
+from trl_moe_ext.grpo.rewards.answers import Answer, RewardTimeoutError, checked_rewards
+from trl_moe_ext.grpo.rewards.calls import one_of, reward_name
 from trl_moe_ext.grpo.rewards.pool import RewardPool
 from trl_moe_ext.grpo.rollout.groups import Group
 
@@ -58,6 +59,11 @@ class Scorer:
 
     Args:
         wake: called from any thread when `poll` may have something new.
+
+    Attributes:
+        names: of the functions, as metrics name them.
+        lost: rewards that there are not, by their cause.
+        first_loss: the first of them in words, and what was raised, if anything was.
     """
 
     def __init__(
@@ -71,8 +77,9 @@ class Scorer:
     ) -> None:
         self.names = [reward_name(function) for function in functions]
         self.lost: Counter[str] = Counter()
+        self.first_loss: tuple[str, BaseException | None] | None = None
         self._timeout_s, self._wake = timeout_s, wake
-        self._answered: deque[tuple[_Call, Future[Any]]] = deque()
+        self._answered: deque[tuple[_Call, Future[Answer]]] = deque()
         self._warned: set[tuple[str, int]] = set()
         self._under_way = 0
         self._pool = RewardPool(functions, kind=pool_kind, concurrency=concurrency, timeout_s=timeout_s, on_done=wake)
@@ -120,11 +127,11 @@ class Scorer:
         future = self._pool.submit(call.function, call.arguments)
         future.add_done_callback(partial(self._answer, call))
 
-    def _answer(self, call: _Call, future: Future[Any]) -> None:
+    def _answer(self, call: _Call, future: Future[Answer]) -> None:
         self._answered.append((call, future))
         self._wake()
 
-    def _take(self, call: _Call, future: Future[Any]) -> None:
+    def _take(self, call: _Call, future: Future[Answer]) -> None:
         """Keep the rewards; where the function raised for several completions, ask for each alone."""
         count = call.completions.stop - call.completions.start
         error = future.exception()
@@ -145,6 +152,8 @@ class Scorer:
 
     def _count(self, cause: str, function: int, count: int, what: str, error: BaseException | None = None) -> None:
         self.lost[cause] += count
+        if self.first_loss is None:
+            self.first_loss = f"reward function {self.names[function]} {what}", error
         if (cause, function) in self._warned:
             return
         self._warned.add((cause, function))

@@ -23,6 +23,7 @@ from trl_moe_ext.grpo.rollout.metrics import RolloutMetrics
 from trl_moe_ext.grpo.rollout.prompts import PromptSource
 from trl_moe_ext.grpo.rollout.sample_queue import SampleQueue
 from trl_moe_ext.grpo.rollout.supervisor import Supervisor
+from trl_moe_ext.grpo.rollout.useless_groups import UselessGroups
 from trl_moe_ext.grpo.timeline import REWARDS, Timeline
 
 __all__ = ["Conductor", "ConductorOptions"]
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Rewards and the trainer can't wake a thread that waits for the generator: it looks around this often.
 COLLECT_TIMEOUT_S = 0.02
+# A start of the generator is aborted so often until it has ended: the first time may come before there is a process.
+ABORT_EVERY_S = 0.2
 # Without anything to collect it is woken; it looks after time limits and a generator that may have died this often.
 IDLE_TIMEOUT_S = 0.5
 
@@ -41,14 +44,16 @@ class ConductorOptions:
 
     Attributes:
         queue_maxsize: samples that are queued or on their way to be; 0 for any number.
-        max_zero_groups: groups without an advantage in a row that are skipped before one is handed on; None skips
-            none at all.
+        max_useless_groups: groups without an advantage in a row that are skipped before one is handed on, and groups
+            without a reward from the start after which the run is given up.
+        skip_zero_advantage: False to skip no group at all.
     """
 
     num_generations: int
     seed: int
     queue_maxsize: int
-    max_zero_groups: int | None
+    max_useless_groups: int
+    skip_zero_advantage: bool
     reward_weights: list[float] | None
 
 
@@ -83,8 +88,7 @@ class Conductor:
         self._adapter, self._published_at = adapter, time.monotonic()
         self._first_version = adapter.version
         self._groups: dict[int, Group] = {}
-        self._zero_groups = self._zero_groups_total = 0
-        self._warned_of_zero_groups = False
+        self._useless = UselessGroups(options.max_useless_groups, skip=options.skip_zero_advantage)
         self._stopping = threading.Event()
         self._live = threading.Condition()
         self._beat = time.monotonic()
@@ -105,14 +109,17 @@ class Conductor:
         self._wake.set()
         with self._live:
             self._live.notify_all()
-        self._thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._supervisor.abort()
+            self._thread.join(ABORT_EVERY_S)
         return not self._thread.is_alive()
 
     def seconds_in_call(self) -> float:
         """How long the thread has been in one round; 0 while the generator starts, which takes what it takes."""
         if self._supervisor.starting or not self._thread.is_alive():
             return 0.0
-        return time.monotonic() - self._beat
+        return time.monotonic() - max(self._beat, self._supervisor.started_at)
 
     def wait_live(self, version: int, timeout: float) -> bool:
         """Wait until the generator uses this version or a later one, or the thread has failed; whether it does."""
@@ -217,35 +224,16 @@ class Conductor:
         self._metrics.queue.push({"reward/seconds": scored.seconds})
         scores = score_group(scored.rewards, self._options.reward_weights)
         self._metrics.scored(scores.rewards)
-        if scores.teaches:
-            self._zero_groups = 0
-        elif self._skips():
+        if self._useless.leaves_out(scores, self._scorer.first_loss):
             self._ledger.skip(group_id)
-            return
-        self._samples.put_group(scored.group.samples(scored.completions, scores, self._scorer.names))
-
-    def _skips(self) -> bool:
-        """Whether a group without an advantage is left out."""
-        self._zero_groups_total += 1
-        self._zero_groups += 1
-        limit = self._options.max_zero_groups
-        if limit is None:
-            return False
-        if self._zero_groups > limit and not self._warned_of_zero_groups:
-            self._warned_of_zero_groups = True
-            logger.warning(
-                "%d groups in a row had the same reward for all of their completions: until that changes such groups "
-                "are handed to the trainer, which learns nothing from them. Look at the reward functions, or raise "
-                "num_generations or temperature",
-                self._zero_groups,
-            )
-        return self._zero_groups <= limit
+        else:
+            self._samples.put_group(scored.group.samples(scored.completions, scores, self._scorer.names))
 
     def _report(self) -> None:
         totals = Counter(
             {
                 "rollout/restarts_total": self._supervisor.restarts,
-                "rollout/zero_advantage_total": self._zero_groups_total,
+                "rollout/zero_advantage_total": self._useless.total,
                 "rollout/stale_total": self._samples.dropped_groups,
                 **{f"reward/{cause}_total": self._scorer.lost[cause] for cause in ("raised", "timeout", "invalid")},
             }

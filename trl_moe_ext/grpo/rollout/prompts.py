@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "PromptSource"]
 
 # Columns that are no keyword arguments of reward functions: those that are given in another form.
-NO_ARGUMENTS = {"prompt", "completion", "completion_ids"}
+NO_ARGUMENTS = {"prompt", "completion"}
+# What a reward function is given besides the columns.
+TAKEN = {"prompts", "completions", "completion_ids"}
 # Tokens that a tokenizer adds to a text: a beginning and an end of the sequence, and some room.
 ADDED_TOKENS = 16
 
@@ -53,8 +55,12 @@ class PromptSource:
         shuffle: False for the order of the dataset.
         max_prompt_length: tokens that leave room for a completion; None for any number.
 
+    Attributes:
+        longest: tokens of the longest prompt.
+
     Raises:
-        ConfigError: there is no prompt, one is neither text nor messages, or one is too long.
+        ConfigError: there is no prompt, one is neither text nor messages, or one is too long; or a column has the name
+            of something else that reward functions are given.
     """
 
     def __init__(
@@ -70,13 +76,18 @@ class PromptSource:
         columns = list(dataset.column_names or [])
         if "prompt" not in columns:
             raise ConfigError(f"the dataset has no column 'prompt', only {columns}; rename one to 'prompt'")
+        if taken := sorted(TAKEN.intersection(columns)):
+            raise ConfigError(
+                f"the dataset has columns {taken}, which reward functions would get in the place of the arguments of "
+                "that name, made of prompt and completions; rename these columns"
+            )
         if not len(dataset):
             raise ConfigError("the dataset is empty: there is nothing to generate from")
         self._dataset, self._tokenizer = dataset, tokenizer
         self._seed, self._shuffle = seed, shuffle
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._orders: dict[int, NDArray[np.int64]] = {}
-        self._check_all(max_prompt_length)
+        self.longest = self._checked_longest(max_prompt_length)
 
     def __len__(self) -> int:
         """Rows: prompts of an epoch."""
@@ -117,12 +128,13 @@ class PromptSource:
     def _encode(self, text: str, prompt: str | list[dict[str, Any]]) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
-    def _check_all(self, limit: int | None) -> None:
+    def _checked_longest(self, limit: int | None) -> int:
+        longest = 0
         for row, prompt in enumerate(self._dataset["prompt"]):
             text = self._checked_text(row, prompt)
-            # A token is of one byte at least, so that few texts have to be tokenised to know that they are short.
+            # A token is of one byte at least: many texts need not be tokenised to know that they are shorter.
             size = len(text.encode("utf-8", "surrogatepass"))
-            if size and (limit is None or size + ADDED_TOKENS <= limit):
+            if size and size + ADDED_TOKENS <= longest:
                 continue
             length = len(self._encode(text, prompt))
             if not length:
@@ -132,6 +144,8 @@ class PromptSource:
                     f"the prompt of row {row} has {length} tokens, of which {limit} leave room for a completion; "
                     "filter the dataset, or lower max_completion_length"
                 )
+            longest = max(longest, length)
+        return longest
 
     def _checked_text(self, row: int, prompt: Any) -> str:
         messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)

@@ -34,7 +34,7 @@ class RolloutError(MoeExtError):
 
 
 class Supervisor:
-    """All calls of a backend go through here, from one thread; the attributes may be read from any.
+    """All calls of a backend go through here, from one thread, but `abort`; the attributes may be read from any.
 
     Args:
         max_restarts: in a row, without a finished completion in between.
@@ -45,6 +45,8 @@ class Supervisor:
     Attributes:
         live_version: of the adapter that the backend generates with; None while there is none.
         restarts: starts after the first.
+        starting: whether the backend is being started, which may take as long as loading a model does.
+        started_at: when it was last started or failed to, on the monotonic clock.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Supervisor:
         self._timeline = timeline
         self._waiting: deque[GenerationRequest] = deque()
         self._asked: dict[str, GenerationRequest] = {}
-        self._up = self._starting = False
+        self._up = self._ending = False
         self._starts = self._failures = 0
         self._not_before = 0.0
         self._version: int | None = None
+        self.starting, self.started_at = False, 0.0
         self.max_in_flight = max_in_flight
 
     @property
@@ -68,16 +71,6 @@ class Supervisor:
     @property
     def live_version(self) -> int | None:
         return self._version if self._up else None
-
-    @property
-    def starting(self) -> bool:
-        """Whether the backend is being started, which may take as long as loading a model does."""
-        return self._starting
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that generates."""
-        return self._backend.pid
 
     @property
     def outstanding(self) -> int:
@@ -138,6 +131,12 @@ class Supervisor:
             self._failures = 0
         return known
 
+    def abort(self) -> None:
+        """From any thread, before `stop`: what fails from now on is not started again, and a start fails soon."""
+        self._ending = True
+        if self.starting:
+            self._backend.abort()
+
     def stop(self, state: str = "stopped") -> None:
         """Stop the backend and forget the requests."""
         self._up = False
@@ -151,11 +150,14 @@ class Supervisor:
         state = "restarting" if self._starts > 1 else "starting"
         self._timeline.mark(GENERATOR, "restarting" if self._starts > 1 else "loading")
         self._tell(state)
-        self._starting = True
+        self._backend.max_in_flight = self.max_in_flight
+        self.starting = True
         try:
             started = self._attempt(lambda: self._backend.start(adapter) or True)
         finally:
-            self._starting = False
+            # In this order: another thread that sees it started sees since when, too.
+            self.started_at = time.monotonic()
+            self.starting = False
         if started:
             self._up, self._version = True, adapter.version
             self._mark_state()
@@ -187,6 +189,9 @@ class Supervisor:
         # In the order in which they were asked for, before those that have not been submitted.
         self._waiting.extendleft(reversed(self._asked.values()))
         self._asked.clear()
+        if self._ending:
+            self._backend.stop()
+            return
         self._timeline.mark(GENERATOR, "restarting")
         if isinstance(error, BackendOutOfMemoryError) and self.max_in_flight > 1:
             self.max_in_flight //= 2

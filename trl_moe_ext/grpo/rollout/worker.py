@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.protocol import RolloutBackend
+from trl_moe_ext.grpo.rewards.process import check_main_is_guarded
 from trl_moe_ext.grpo.rewards.scoring import Scorer
 from trl_moe_ext.grpo.rollout.admission import Admission
 from trl_moe_ext.grpo.rollout.conductor import Conductor, ConductorOptions
@@ -38,8 +39,9 @@ STOP_TIMEOUT_S = 20.0
 # A backend notices by itself, after heartbeat_stale_after_s, that its process hangs; this many times that is for a
 # backend whose own call never comes back.
 STALE_FACTOR = 3.0
-# Groups in a row without an advantage that are skipped before one is handed on, in steps of the trainer.
-MAX_ZERO_STEPS = 4
+# Groups in a row without an advantage that are skipped before one is handed on, and without any reward from the start
+# before the run is given up, in steps of the trainer.
+MAX_USELESS_STEPS = 4
 
 
 class RolloutWorker:
@@ -59,7 +61,8 @@ class RolloutWorker:
         metrics_queue: what was measured, for TRL to drain when it logs.
 
     Raises:
-        ConfigError: the dataset, a reward function or an option can't be used.
+        ConfigError: the dataset, a reward function or an option can't be used; or this process was started by another
+            that runs the same script, and only imports it.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class RolloutWorker:
         output_dir: str,
         max_length: int | None = None,
     ) -> None:
+        check_main_is_guarded()
         _check(args, reward_funcs)
         # The trainer's thread may use its own at the same time.
         self._tokenizer = copy.deepcopy(tokenizer)
@@ -88,6 +92,7 @@ class RolloutWorker:
             chat_template_kwargs=args.chat_template_kwargs,
             max_prompt_length=_room_for_prompts(args, tokenizer, max_length),
         )
+        backend.expect_prompts(self._prompts.longest)
         self._wake = threading.Event()
         self._ledger = Ledger()
         self._metrics = RolloutMetrics(
@@ -132,14 +137,15 @@ class RolloutWorker:
         if conductor is None or conductor.stop(STOP_TIMEOUT_S):
             return
         pid = self._backend.pid
-        logger.warning("the rollout backend does not answer; its process %s is killed", pid)
         if pid is not None:
+            logger.warning("the rollout backend does not answer; its process %d is killed", pid)
             try:
                 os.kill(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError) as error:
                 logger.warning("process %d was not killed: %s", pid, error)
-        if not conductor.stop(STOP_TIMEOUT_S):
-            logger.error("the rollout backend hangs in a call and is left behind; its process was %s", pid)
+            if conductor.stop(STOP_TIMEOUT_S):
+                return
+        logger.error("the rollout backend hangs in a call, and its thread is left behind")
 
     def check_health(self, stale_after_s: float) -> None:
         """Raise RolloutError, with its cause if it has one, if no more samples will come."""
@@ -238,7 +244,8 @@ class RolloutWorker:
                 num_generations=args.num_generations,
                 seed=args.seed,
                 queue_maxsize=args.queue_maxsize,
-                max_zero_groups=MAX_ZERO_STEPS * self._groups_per_step if args.skip_zero_advantage else None,
+                max_useless_groups=MAX_USELESS_STEPS * self._groups_per_step,
+                skip_zero_advantage=args.skip_zero_advantage,
                 reward_weights=args.reward_weights,
             ),
             adapter=snapshot,

@@ -5,6 +5,7 @@ This is the trainer's side; what the process does is in `process` and `engine`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from trl_moe_ext.grpo.backends.local.session import Session
 from trl_moe_ext.grpo.backends.local.wire import Arrived, Finished, Message, NewAdapter, NewRequests, Ready
 from trl_moe_ext.grpo.backends.protocol import (
     BackendContext,
+    BackendDeadError,
     BackendError,
     Generation,
     GenerationRequest,
@@ -54,6 +56,8 @@ class LocalBackend(RolloutBackend):
         self._context = context
         self._starts = 0
         self._session: Session | None = None
+        self._aborted = threading.Event()
+        self._longest_prompt: int | None = None
         self._max_request_tokens = 0
         self._outstanding: set[str] = set()
         self._asked_at = 0.0
@@ -65,25 +69,48 @@ class LocalBackend(RolloutBackend):
         session = self._session
         return session.pid if session is not None else None
 
+    def expect_prompts(self, longest: int) -> None:
+        """The next start makes a cache for such prompts, and raises a ConfigError if there is no room for it."""
+        self._longest_prompt = longest
+
     def start(self, adapter: AdapterSnapshot) -> None:
         self.stop()
-        # Other draws after a restart than before it.
-        setup = setup_of(self._context, self._context.args.seed + self._starts)
-        self._starts += 1
-        log = Path(self._context.output_dir) / "rollout" / "generator.log"
-        self._session = Session(self.module, setup, log)
+        self._session = self._new_session()
+        if self._aborted.is_set():  # before there was anything to kill
+            self._session.kill()
         try:
             ready = self._answer(Ready, stale_after=self.start_timeout_s, what="load the model")
             self._max_request_tokens = ready.max_request_tokens
+            if self._longest_prompt is not None:
+                self._check_fits("the dataset", self._longest_prompt)
             self.load_adapter(adapter)
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            if self._aborted.is_set() and isinstance(error, BackendError):
+                raise BackendDeadError("the start of the generator was aborted") from error
             raise
+
+    def _new_session(self) -> Session:
+        args = self._context.args
+        setup = setup_of(
+            self._context,
+            args.seed + self._starts,  # other draws after a restart than before it
+            max_requests=args.max_inflight_tasks if self.max_in_flight is None else self.max_in_flight,
+            longest_prompt=self._longest_prompt,
+        )
+        self._starts += 1
+        return Session(self.module, setup, Path(self._context.output_dir) / "rollout" / "generator.log")
+
+    def abort(self) -> None:
+        self._aborted.set()
+        session = self._session
+        if session is not None:
+            session.kill()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         session = self._running()
         for request in requests:
-            self._check_fits(request)
+            self._check_fits(f"request {request.id}", len(request.prompt_ids))
         if not self._outstanding:
             self._asked_at = time.monotonic()
         self._outstanding.update(request.id for request in requests)
@@ -135,14 +162,14 @@ class LocalBackend(RolloutBackend):
             raise BackendError("the generator is not running; call start first")
         return self._session
 
-    def _check_fits(self, request: GenerationRequest) -> None:
+    def _check_fits(self, what: str, prompt_tokens: int) -> None:
         completion = self._context.sampling.max_completion_length
-        needed = len(request.prompt_ids) + completion
+        needed = prompt_tokens + completion
         if needed > self._max_request_tokens:
             raise ConfigError(
-                f"request {request.id}: its prompt of {len(request.prompt_ids)} tokens and max_completion_length="
-                f"{completion} need {needed} tokens of cache, and there are {self._max_request_tokens}. Leave such "
-                "prompts out, or set a larger num_blocks in transformers_continuous_batching_config"
+                f"{what}: a prompt of {prompt_tokens} tokens and max_completion_length={completion} need {needed} "
+                f"tokens of cache, and there are {self._max_request_tokens}. Leave such prompts out, or set a larger "
+                "num_blocks in transformers_continuous_batching_config"
             )
 
     def _completed(self, message: Finished) -> Generation:

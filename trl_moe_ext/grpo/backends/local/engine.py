@@ -33,8 +33,6 @@ from trl_moe_ext.router.trace import RouterTrace
 
 __all__ = ["LocalEngine"]
 
-# Tokens that the cache has for each prompt. Prompts are not known beforehand; longer ones take the place of others.
-PROMPT_TOKENS = 512
 # Share of the free memory that the cache may take: the trainer may need the rest.
 MEMORY_SHARE = 0.25
 HEARTBEAT_S = 0.5
@@ -195,7 +193,7 @@ def _cache(setup: Setup, model: Any) -> dict[str, Any]:
         free, _ = torch.accelerator.get_memory_info(device)
     found = cache_options(
         setup.max_requests,
-        PROMPT_TOKENS + setup.sampling.max_completion_length,
+        setup.prompt_tokens + setup.sampling.max_completion_length,
         bytes_per_token=cache_bytes_per_token(model.config, model.dtype),
         memory=int(MEMORY_SHARE * free),
         is_gpu=device.type != "cpu",

@@ -74,6 +74,10 @@ class GeneratorProcess:
             file.seek(max(self._log_start, end - max_bytes))
             return file.read().decode(errors="replace").strip()
 
+    def kill(self) -> None:
+        """Make it end now; from any thread, and also when it has ended. `end` is still needed."""
+        self._process.kill()
+
     def end(self, patience: tuple[float, float]) -> None:
         """See that it ends: by itself in ``patience[0]`` seconds, by SIGTERM in ``patience[1]`` more, by SIGKILL."""
         for seconds, number in zip(patience, (signal.SIGTERM, signal.SIGKILL)):

@@ -9,11 +9,12 @@ import peft
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # Makes MOE_LORA known to PEFT, also where autoload is switched off: what the trainer sends may need it.
 from trl_moe_ext import MoeLoraConfig as MoeLoraConfig
 from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.export.base_config import base_config
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.local.wire import Setup
 from trl_moe_ext.grpo.travelling import adapter_tensors
@@ -69,9 +70,7 @@ def _load(setup: Setup) -> PreTrainedModel:
     kwargs.pop("device_map", None)
     if kwargs.get("attn_implementation") not in _ATTENTION:
         kwargs["attn_implementation"] = "sdpa"
-    of_config = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
-    config = AutoConfig.from_pretrained(setup.model_path, **of_config)
-    names = config.architectures or [""]
+    names = base_config(setup.model_path, kwargs).architectures or [""]
     architecture = getattr(transformers, names[0], AutoModelForCausalLM)
     if torch.device(setup.device).type != "cpu":
         kwargs["device_map"] = setup.device

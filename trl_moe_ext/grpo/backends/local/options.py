@@ -15,6 +15,9 @@ from trl_moe_ext.grpo.backends.protocol import BackendContext
 
 __all__ = ["check_options", "setup_of"]
 
+# Tokens that the cache has for each prompt where nobody says how long they are; longer ones take the place of others.
+PROMPT_TOKENS = 512
+
 
 def check_options(context: BackendContext) -> None:
     """Check that the generator can do what is asked of it.
@@ -38,18 +41,29 @@ def check_options(context: BackendContext) -> None:
     if not sampling.temperature > 0:
         raise ConfigError(f"temperature={sampling.temperature} should be more than 0: completions are sampled")
     for name, value in _cache_of(context).items():
-        _check_cache(name, value, context.record_routes)
+        _check_cache(name, value)
+        _check_travels(f"transformers_continuous_batching_config[{name!r}]", value)
+    for name, value in context.model_init_kwargs.items():
+        _check_travels(f"model_init_kwargs[{name!r}]", value)
+    _check_travels("peft_config", context.peft_config)
 
 
-def setup_of(context: BackendContext, seed: int) -> Setup:
-    """What the generator is told at its start."""
+def setup_of(context: BackendContext, seed: int, *, max_requests: int, longest_prompt: int | None) -> Setup:
+    """What the generator is told at its start.
+
+    Args:
+        seed: of what is drawn until the next start.
+        max_requests: completions that are asked for at the same time.
+        longest_prompt: in tokens; None if nobody knows.
+    """
     args = context.args
     return Setup(
         model_path=context.model_path,
         model_init_kwargs=context.model_init_kwargs,
         peft_config=pickle.dumps(context.peft_config),
         sampling=context.sampling,
-        max_requests=args.max_inflight_tasks,
+        prompt_tokens=PROMPT_TOKENS if longest_prompt is None else longest_prompt,
+        max_requests=max_requests,
         cache=_cache_of(context),
         seed=seed,
         device=generator_device(args),
@@ -66,7 +80,18 @@ def _cache_of(context: BackendContext) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_cache(name: str, value: Any, record_routes: bool) -> None:
+def _check_travels(name: str, value: Any) -> None:
+    """Check that `value` can be sent to another process."""
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # pickle passes on whatever an object of the user's raises
+        raise ConfigError(
+            f"{name}={value!r} can't be sent to the generator's process: {error}. Give values that pickle can take, "
+            "such as text and numbers, or use rollout_backend='vllm'"
+        ) from error
+
+
+def _check_cache(name: str, value: Any) -> None:
     where = f"transformers_continuous_batching_config: {name}={value!r}"
     known = ContinuousBatchingConfig.__dataclass_fields__
     if name not in known:
@@ -75,7 +100,10 @@ def _check_cache(name: str, value: Any, record_routes: bool) -> None:
         "allow_block_sharing": (bool(value), "keys and values of an older adapter would be used"),
         "use_async_batching": (bool(value), "a token drawn while an adapter is exchanged would be of no version"),
         "return_logprobs": (not value, "the loss needs the log-probabilities"),
-        "use_cuda_graph": (bool(value) and record_routes, "routing_replay can't see into a graph"),
+        "use_cuda_graph": (
+            any(value) if isinstance(value, list | tuple) else bool(value),
+            "a graph replays without the hook of the model that gives signs of life and records routes",
+        ),
     }
     is_refused, reason = refused.get(name, (False, ""))
     if is_refused:

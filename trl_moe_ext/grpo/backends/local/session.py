@@ -94,6 +94,10 @@ class Session:
                 "one step of it may take longer, set a larger heartbeat_stale_after_s"
             )
 
+    def kill(self) -> None:
+        """Make it end now, from any thread: who waits for a message is told that it is gone."""
+        self._process.kill()
+
     def close(self, patience: tuple[float, float]) -> None:
         """End it: by asking, by SIGTERM after ``patience[0]`` seconds, by SIGKILL after ``patience[1]`` more."""
         self._link.send(Stop())

@@ -6,6 +6,7 @@ else can speak on it.
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 import time
@@ -37,6 +38,7 @@ class Setup:
 
     Attributes:
         peft_config: pickled by itself: its class can be found only when PEFT knows all adapter types.
+        prompt_tokens: that the cache holds of each prompt.
         max_requests: completions that are asked for at the same time.
         cache: options of transformers' `ContinuousBatchingConfig` that the user has set.
         parent_pid: of the trainer's process.
@@ -46,6 +48,7 @@ class Setup:
     model_init_kwargs: dict[str, Any]
     peft_config: bytes
     sampling: Sampling
+    prompt_tokens: int
     max_requests: int
     cache: dict[str, Any]
     seed: int
@@ -146,15 +149,19 @@ class Link:
         self.last_heard = time.monotonic()
         self._connection = connection
         self._deliver, self._closed = deliver, closed
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="rollout-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="rollout-writer", daemon=True)
         self._reader.start()
         self._writer.start()
 
     def send(self, message: Message) -> None:
-        """Returns at once; whether it arrives, `closed` and answers tell."""
-        self._outbox.put(message)
+        """Returns at once; whether it arrives, `closed` and answers tell.
+
+        Raises:
+            Exception: whatever pickle raises for a message that can't be sent.
+        """
+        self._outbox.put(pickle.dumps(message))  # here, where the caller hears of it
 
     def flush(self, timeout: float) -> None:
         """Wait until all is written, for at most `timeout` seconds; nothing can be sent afterwards."""
@@ -180,8 +187,8 @@ class Link:
             self._closed()
 
     def _write(self) -> None:
-        while (message := self._outbox.get()) is not None:
+        while (data := self._outbox.get()) is not None:
             try:
-                self._connection.send(message)
+                self._connection.send_bytes(data)
             except OSError:
                 return  # nobody reads any more: `closed` is called

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import queue
 import secrets
+import shlex
 import shutil
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from trl_moe_ext.export.vllm import VllmAdapterWriter
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.protocol import (
     BackendContext,
+    BackendDeadError,
     BackendError,
     Generation,
     GenerationRequest,
@@ -67,6 +70,7 @@ class VllmBackend(RolloutBackend):
         rank, has_experts = self._writer.rank, self._writer.has_experts
         self._needs = ServerNeeds(context.model_path, rank, max_loras, has_experts, context.sampling)
         self._server = self._own_server(context) if args.start_vllm else None
+        self._aborted = threading.Event()
         self._client = self._connect()  # says what is wrong with the address and the key
         self._threads: list[threading.Thread] = []
         self._jobs: queue.Queue[GenerationRequest | None] = queue.Queue()
@@ -85,7 +89,7 @@ class VllmBackend(RolloutBackend):
             max_loras=self._needs.max_loras,
             has_experts=self._needs.has_experts,
             dtype=_dtype(context.model_init_kwargs.get("dtype")),
-            extra=tuple(context.args.vllm_server_args or ()),
+            extra=tuple(word for given in context.args.vllm_server_args or () for word in shlex.split(given)),
         )
         return VllmServer(options, self._api_key, self._folder / "vllm.log")
 
@@ -102,11 +106,17 @@ class VllmBackend(RolloutBackend):
         """Of the server, if it is ours."""
         return self._server.pid if self._server is not None else None
 
+    def expect_prompts(self, longest: int) -> None:
+        """The next start raises a ConfigError if the server has no room for such prompts."""
+        self._needs = replace(self._needs, longest_prompt=longest)
+
     def start(self, adapter: AdapterSnapshot) -> None:
         """Start the server if it is ours to start, wait until it is ready, and load `adapter`."""
         self.stop()
         self._client = self._connect()
         try:
+            if self._aborted.is_set():  # while there was another client to close
+                raise BackendDeadError("the start of the vLLM backend was aborted")
             if self._server is not None:
                 self._server.start()
             wait_until_ready(self._client, self._args.vllm_server_timeout, self._check_process)
@@ -137,13 +147,13 @@ class VllmBackend(RolloutBackend):
                 except Exception as error:  # `collect` raises it
                     results.put(error)
 
-        count = self._args.max_inflight_tasks
+        count = self._args.max_inflight_tasks if self.max_in_flight is None else self.max_in_flight
         self._threads = [threading.Thread(target=work, name=f"vllm-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Queue the requests: `max_inflight_tasks` of them are at the server at a time."""
+        """Queue the requests: `max_in_flight` of them are at the server at a time."""
         self._check_process()
         for request in requests:
             self._jobs.put(request)
@@ -162,8 +172,6 @@ class VllmBackend(RolloutBackend):
             self._results.put(result)
         if not found:
             self._check_process()
-        elif self._versions is not None:
-            self._versions.retire()
         return found
 
     def load_adapter(self, adapter: AdapterSnapshot) -> None:
@@ -171,6 +179,13 @@ class VllmBackend(RolloutBackend):
         assert self._versions is not None, "load_adapter comes after start"
         self._check_process()
         self._versions.load(adapter)
+
+    def abort(self) -> None:
+        """Give up waiting for the server, and end it at once if it is ours."""
+        self._aborted.set()
+        self._client.close()
+        if self._server is not None:
+            self._server.kill()
 
     def stop(self) -> None:
         """Give up what is under way, remove the files of the adapter, and end the server if it is ours."""

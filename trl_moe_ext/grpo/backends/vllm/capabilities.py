@@ -23,6 +23,7 @@ class ServerNeeds:
     Attributes:
         rank: of the adapter.
         max_loras: versions of it that are in use at the same time.
+        longest_prompt: in tokens.
     """
 
     model: str
@@ -30,6 +31,7 @@ class ServerNeeds:
     max_loras: int
     has_experts: bool
     sampling: Sampling
+    longest_prompt: int = 1
 
     @property
     def command(self) -> str:
@@ -55,10 +57,11 @@ def check_server(client: VllmHttp, needs: ServerNeeds) -> None:
     cards = [card for card in reply.body["data"] if not card.get("parent")]
     _check_model([str(card.get(key)) for card in cards for key in ("root", "id")], needs.model)
     room = min((card["max_model_len"] for card in cards if card.get("max_model_len")), default=None)
-    if room is not None and room <= needs.sampling.max_completion_length:
+    if room is not None and room < needs.longest_prompt + needs.sampling.max_completion_length:
         raise ConfigError(
-            f"max_completion_length={needs.sampling.max_completion_length} leaves no room for a prompt: the server "
-            f"takes {room} tokens of both. Start it with a larger --max-model-len, or ask for less"
+            f"max_completion_length={needs.sampling.max_completion_length} leaves no room for a prompt of "
+            f"{needs.longest_prompt} tokens: the server takes {room} tokens of both. Start it with a larger "
+            "--max-model-len, ask for shorter completions, or leave long prompts out"
         )
     info = client.get("/server_info?config_format=json")  # where VLLM_SERVER_DEV_MODE=1
     if info.ok and isinstance(info.body, dict):

@@ -98,15 +98,23 @@ class VllmHttp:
         """GET; raises as `post`."""
         return self._ask("GET", path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> Reply:
+    def post(self, path: str, body: dict[str, Any], patience: float | None = None) -> Reply:
         """POST `body`, again if the server can't be reached.
+
+        Args:
+            patience: seconds for a single attempt, in the place of `timeout` and several.
 
         Raises:
             BackendDeadError: it can't be reached, or the client was closed.
             BackendHungError: it did not answer in time.
             ConfigError: the key is not its key.
         """
-        return self._ask("POST", path, json.dumps(body).encode())
+        return self._ask("POST", path, json.dumps(body).encode(), patience)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed.is_set()
 
     def reachable(self) -> bool:
         """Whether the server says that it is ready; one attempt."""
@@ -124,17 +132,17 @@ class VllmHttp:
                     with suppress(OSError):  # the other side may have closed it
                         connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Reply:
+    def _ask(self, method: str, path: str, body: bytes | None, patience: float | None = None) -> Reply:
         failure: object = "the backend was stopped"
-        for pause in (*_PAUSES, None):
+        timeout = self._timeout if patience is None else patience
+        for pause in (*(_PAUSES if patience is None else ()), None):
             if self._closed.is_set():
                 break
             try:
-                reply = self._once(method, path, body, self._timeout)
+                reply = self._once(method, path, body, timeout)
             except TimeoutError as error:
-                raise BackendHungError(
-                    f"{self.base_url}{path} did not answer in {self._timeout:g} s (request_timeout)"
-                ) from error
+                option = " (request_timeout)" if patience is None else ""
+                raise BackendHungError(f"{self.base_url}{path} did not answer in {timeout:g} s{option}") from error
             except (OSError, http.client.HTTPException) as error:
                 failure = error
             else:
@@ -175,11 +183,13 @@ def wait_until_ready(client: VllmHttp, timeout: float, check: Callable[[], None]
         check: called between attempts; raises if there is nothing to wait for any more.
 
     Raises:
-        BackendError: it is not ready after `timeout` seconds.
+        BackendError: it is not ready after `timeout` seconds, or the client was closed.
     """
     deadline = time.monotonic() + timeout
     while not client.reachable():
         check()
+        if client.closed:
+            raise BackendDeadError(f"waiting for the vLLM server at {client.base_url} was given up")
         if time.monotonic() > deadline:
             raise BackendError(
                 f"no vLLM server is ready at {client.base_url} after {timeout:g} s (vllm_server_timeout). Start one, "

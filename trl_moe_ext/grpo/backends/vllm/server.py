@@ -29,7 +29,7 @@ _TAIL = 2000  # characters of the log in an error
 
 
 class VllmServer:
-    """The process of a server. Not thread-safe.
+    """The process of a server. Not thread-safe, but `kill`.
 
     Args:
         options: of its command line.
@@ -78,6 +78,12 @@ class VllmServer:
         tail = self._log.read_bytes()[-_TAIL:].decode(errors="replace").strip() if self._log.exists() else ""
         error = BackendOutOfMemoryError if "out of memory" in tail.lower() else BackendDeadError
         raise error(f"the vLLM server ended with code {self._process.returncode}; the end of {self._log}:\n{tail}")
+
+    def kill(self) -> None:
+        """Make the process and all that it started end now, from any thread; `stop` is still needed."""
+        pid = self.pid
+        if pid is not None:
+            _signal(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End the process and all that it started; again it does nothing."""

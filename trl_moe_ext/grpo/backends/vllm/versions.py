@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 from collections import Counter
@@ -17,11 +18,15 @@ from trl_moe_ext.grpo.backends.vllm.http import VllmHttp
 
 __all__ = ["AdapterVersions"]
 
+logger = logging.getLogger(__name__)
+
+_UNLOAD_SECONDS = 5.0  # an adapter that stays in the server costs memory there and nothing else
+
 
 class AdapterVersions:
     """Loads and unloads versions of one adapter.
 
-    `load`, `retire` and `remove_all` are called from one thread, `use` from any.
+    `load` and `remove_all` are called from one thread, `use` from any.
 
     Args:
         writer: of the files.
@@ -71,7 +76,7 @@ class AdapterVersions:
             raise
         with self._lock:
             self._loaded.append(adapter.version)
-        self.retire()
+        self._retire()
 
     def _verify(self, version: int, path: Path) -> None:
         reply = self._client.get("/v1/models")
@@ -91,17 +96,21 @@ class AdapterVersions:
             with self._lock:
                 self._users[version] -= 1
 
-    def retire(self) -> None:
+    def _retire(self) -> None:
         """Unload the versions before the newest that no request uses, and remove their files.
 
-        Raises:
-            BackendError: the server can't be reached.
+        What fails is tried again with the next version: it is no reason to give up what is being generated.
         """
         with self._lock:
             idle = [version for version in self._loaded[:-1] if not self._users[version]]
-            self._loaded = [version for version in self._loaded if version not in idle]
         for version in idle:
-            self._remove(self._client, version)
+            try:
+                self._remove(self._client, version)
+            except BackendError as error:
+                logger.warning("the vLLM server keeps %s for now: %s", self.model(version), error)
+                return
+            with self._lock:
+                self._loaded.remove(version)
 
     def remove_all(self, client: VllmHttp | None) -> None:
         """Remove the files of all versions, and unload them through `client`, if it is given.
@@ -116,5 +125,5 @@ class AdapterVersions:
 
     def _remove(self, client: VllmHttp, version: int) -> None:
         # Not known there any more is as good as unloaded: the answer does not matter.
-        client.post("/v1/unload_lora_adapter", {"lora_name": self.model(version)})
+        client.post("/v1/unload_lora_adapter", {"lora_name": self.model(version)}, patience=_UNLOAD_SECONDS)
         shutil.rmtree(self._folder / self.model(version), ignore_errors=True)
