@@ -3,13 +3,14 @@
     python configs/quickstart/grpo_curves.py
 
 trains with TRL's synchronous trainer and with the asynchronous one; then with a high learning rate and answers that
-are always four updates old, by losses that make different things of that. Three seeds each; every run is a process of
-its own, one after the other. Writes `grpo_curves.json`, `grpo_curves.png` and `grpo_staleness.png` into `--out`, and
+are always four updates old, by losses that make different things of that, with several seeds; every run is a process
+of its own, one after the other. Writes `grpo_curves.json`, `grpo_curves.png` and `grpo_staleness.png` into `--out`, and
 prints the tables. Runs that the JSON file has already are not repeated: after an interruption the command goes on.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from trl_moe_ext.grpo.trainer import AsyncMoeGRPOTrainer
 HERE = Path(__file__).resolve().parent
 RECIPE: dict[str, Any] = yaml.safe_load((HERE / "grpo.yaml").read_text())
 MODEL = str(HERE / "model")
-SEEDS = (1, 2, 3)
+SEEDS = {"curves": (1, 2, 3, 4, 5), "staleness": (1, 2, 3)}
 """Not 0, which the learning rate of the second picture was looked for with."""
 LOGGING_STEPS = 3
 """A point of a curve is the mean over the answers of so many steps."""
@@ -105,12 +106,12 @@ SYNC = {"model_init_kwargs": {"dtype": RECIPE["dtype"]}, "router_aux_loss_coef":
 LINES = (
     Line("curves", "sync", GRPOTrainer, GRPOConfig, SYNC),
     Line("curves", "async", AsyncMoeGRPOTrainer, options=ALL_PROMPTS),
-    Line("staleness", "not stale, TIS", options={**STALE, "max_staleness": 0}),
+    Line("staleness", "TIS, not stale", options={**STALE, "max_staleness": 0}),
+    Line("staleness", "no ratio", config=UncorrectedConfig, options=STALE),
+    Line("staleness", "ratio without limit", options={**CLIPPED, "epsilon": UNCLIPPED, "epsilon_high": UNCLIPPED}),
+    Line("staleness", "PPO's clipping", options=CLIPPED),
     Line("staleness", "TIS", options=STALE),
     Line("staleness", "MIS", options={**STALE, "importance_correction": "mis"}),
-    Line("staleness", "PPO's clipping", options=CLIPPED),
-    Line("staleness", "ratio without limit", options={**CLIPPED, "epsilon": UNCLIPPED, "epsilon_high": UNCLIPPED}),
-    Line("staleness", "no ratio at all", config=UncorrectedConfig, options=STALE),
 )
 
 
@@ -177,23 +178,24 @@ def plot(axes: Axes, runs: list[Run], **style: Any) -> None:
     """The mean over the seeds, and each seed in a thin line."""
     for each in runs:
         axes.plot(*zip(*each.rewards, strict=True), alpha=0.45, linewidth=0.8, **style)
-    label = f"{runs[0].label}, mean of {len(runs)} seeds"
-    axes.plot(*zip(*mean([each.rewards for each in runs]), strict=True), linewidth=2.5, label=label, **style)
+    average = mean([each.rewards for each in runs])
+    axes.plot(*zip(*average, strict=True), linewidth=2.5, label=runs[0].label, **style)
 
 
-def draw(lines: dict[str, list[Run]], panels: list[tuple[str, ...]], shape: tuple[int, int], path: Path) -> None:
+def draw(lines: dict[str, list[Run]], panels: list[tuple[str, ...]], columns: int, path: Path) -> None:
     """A panel for each tuple of labels; colours of Okabe and Ito, which the colour-blind can tell apart."""
-    rows, columns = shape
-    figure = Figure(figsize=(1 + 4.2 * columns, 1 + 2.7 * rows), layout="constrained")
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2 + 3 * columns, 1 + 2.7 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, labels in zip(grid.flat, panels, strict=True):
         for label, colour, dashes in zip(labels, ("#0072B2", "#D55E00"), ("-", "--"), strict=False):
             plot(axes, lines[label], color=colour, linestyle=dashes)
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.supxlabel("step")
-    figure.supylabel("mean reward")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(labels), frameon=False)
+    seeds = len(lines[panels[0][0]])
+    figure.supxlabel(f"step (thick: mean of {seeds} seeds, thin: each of them)")
+    figure.supylabel("mean reward of all answers")
     figure.savefig(path, dpi=110)
 
 
@@ -213,8 +215,8 @@ def all_runs(path: Path, folder: Path) -> list[Run]:
     done = [Run(**each) for each in json.loads(path.read_text())] if path.exists() else []
     found = {(each.picture, each.label, each.seed) for each in done}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for seed in SEEDS:
-            for line in LINES:
+        for line in LINES:
+            for seed in SEEDS[line.picture]:
                 if (line.picture, line.label, seed) not in found:
                     done.append(pool.submit(run, line, seed, folder).result())
                     path.write_text(json.dumps([asdict(each) for each in done]))
@@ -233,8 +235,9 @@ def main() -> None:
         for picture in ("curves", "staleness")
     )
     reference, *losses = staleness
-    draw(curves, [tuple(curves)], (1, 1), options.out / "grpo_curves.png")
-    draw(staleness, [(label, reference) for label in losses], (1, len(losses)), options.out / "grpo_staleness.png")
+    panels = [(reference,), *((label, reference) for label in losses)]
+    draw(curves, [tuple(curves)], 1, options.out / "grpo_curves.png")
+    draw(staleness, panels, 3, options.out / "grpo_staleness.png")
     table(curves, before)
     table(staleness, before)
 
