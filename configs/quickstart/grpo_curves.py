@@ -4,8 +4,9 @@
 
 trains with TRL's synchronous trainer and with the asynchronous one; then with a high learning rate and answers that
 are always four updates old, by losses that make different things of that, with several seeds; every run is a process
-of its own, one after the other. Writes `grpo_curves.json`, `grpo_curves.png` and `grpo_staleness.png` into `--out`, and
-prints the tables. Runs that the JSON file has already are not repeated: after an interruption the command goes on.
+of its own, one after the other. Writes `grpo_curves.json`, `grpo_curves.png` and `grpo_staleness.png` into `--out`,
+and prints the tables. Runs that the JSON file has already are not repeated: after an interruption the command goes
+on.
 """
 
 import argparse
