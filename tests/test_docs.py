@@ -10,7 +10,9 @@ import pytest
 from peft import LoraConfig
 
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS
+from trl_moe_ext.tuners.moe_esft import MoeEsftConfig
 from trl_moe_ext.tuners.moe_lora import config as options
+from trl_moe_ext.tuners.targets.options import PROJECTION_WORDS, TARGET_WORDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.md")])
@@ -39,8 +41,9 @@ def test_links_lead_somewhere(page):
 
 def test_the_options_page_names_every_option_and_every_refusal():
     page = (ROOT / "docs" / "options.md").read_text()
-    own = {f.name for f in fields(options.MoeLoraConfig)} - {f.name for f in fields(LoraConfig)} - {"saved_with"}
-    for name in [*own, *options._REFUSED, *options.TARGET_WORDS, *options.PROJECTION_WORDS]:
+    own = {f.name for config in (options.MoeLoraConfig, MoeEsftConfig) for f in fields(config)}
+    own -= {f.name for f in fields(LoraConfig)} | {"saved_with"}
+    for name in [*own, *options._REFUSED, *TARGET_WORDS, *PROJECTION_WORDS, *options.EXPERT_RANKS]:
         assert f"`{name}`" in page or f"--{name}`" in page, name
     for flag in CONFIG_FIELDS:
         assert f"`--{flag}`" in page, flag

@@ -26,6 +26,9 @@ from tests.hosts.processes import run
 from tests.tiny_checkpoints import VOCAB_SIZE, byte_tokenizer
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.experts.census import build, tiny_config
+from trl_moe_ext.profiles.choose import by_number
+from trl_moe_ext.profiles.measure import measure_profile
+from trl_moe_ext.profiles.profile import ExpertProfile
 from trl_moe_ext.reporting.adapted import adapted_parts
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
 
@@ -245,13 +248,42 @@ def test_the_command(name: str, tmp_path: Path) -> None:
     assert [key for key, tensor in trained.items() if ".lora_B" in key and not tensor.any()] == []
 
 
-def command(directory: Path) -> list[str]:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peft_type", "more"), [("moe_lora", ("--moe_expert_rank", "by_share", "--lora_r", "4")), ("moe_esft", ())]
+)
+def test_the_command_with_a_profile(peft_type: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    """Experts that are chosen by what the data uses: told before the first step, and alone in the file."""
+    kind = next(kind for kind in KINDS if kind.name == "qwen3_moe")
+    cls = save(kind, tmp_path / "model")
+    model = cls.from_pretrained(tmp_path / "model")
+    measure_profile(model, [{"input_ids": torch.arange(64).reshape(2, 32)}]).save(tmp_path / "profile.json")
+    chosen = ("--moe_expert_selection", "profile:profile.json", "--moe_experts_per_layer", "2")
+    done = run([*command(tmp_path, peft_type, lora_r=None), *chosen, *more], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [text for text in python_warnings(done.stderr) if not re.search(EXPECTED, text)] == []
+    assert "routed experts: 2 of 8 in each layer (25%)" in done.stdout
+    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    profile = ExpertProfile.load(tmp_path / "profile.json")
+    for layer in profile.layers:
+        key = f"base_model.model.{layer.experts[0]}."
+        own = {name: tensor for name, tensor in trained.items() if name.startswith(key)}
+        indices = [index for name, tensor in own.items() if "_selected." in name for index in tensor.tolist()]
+        assert sorted(indices) == [*by_number(layer.shares(), 2)]
+        others = [tensor for name, tensor in own.items() if "_selected." not in name]
+        assert others
+        assert all(len(tensor) <= 2 for tensor in others)
+        assert any(tensor.any() for tensor in others)
+    PeftModel.from_pretrained(model, tmp_path / "out")
+
+
+def command(directory: Path, peft_type: str = "moe_lora", lora_r: str | None = "4") -> list[str]:
     options = {
         "model_name_or_path": "model",
         "dataset_name": os.fspath(DATA),
         "dtype": "float32",
-        "peft_type": "moe_lora",
-        "lora_r": "4",
+        "peft_type": peft_type,
+        **({"lora_r": lora_r} if lora_r else {}),
         "max_steps": "2",
         "per_device_train_batch_size": "4",
         "max_length": "96",

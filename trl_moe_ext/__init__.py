@@ -1,4 +1,4 @@
-"""LoRA on routed experts for TRL and PEFT.
+"""LoRA on routed experts, and training of chosen ones, for TRL and PEFT.
 
 Importing this package imports nothing but the standard library; the public names load on first use.
 """
@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
     from trl_moe_ext.grpo.trainer import AsyncMoeGRPOTrainer
     from trl_moe_ext.sft import MoeSFTConfig, MoeSFTTrainer
+    from trl_moe_ext.tuners.moe_esft import MoeEsftConfig, MoeEsftModel
     from trl_moe_ext.tuners.moe_lora import MoeLoraConfig, MoeLoraModel
 
 __all__ = [
     "AsyncMoeGRPOConfig",
     "AsyncMoeGRPOTrainer",
+    "MoeEsftConfig",
+    "MoeEsftModel",
     "MoeLoraConfig",
     "MoeLoraModel",
     "MoeSFTConfig",
@@ -28,6 +31,8 @@ __all__ = [
 _HOME = {
     "AsyncMoeGRPOConfig": "trl_moe_ext.grpo.config",
     "AsyncMoeGRPOTrainer": "trl_moe_ext.grpo.trainer",
+    "MoeEsftConfig": "trl_moe_ext.tuners.moe_esft",
+    "MoeEsftModel": "trl_moe_ext.tuners.moe_esft",
     "MoeLoraConfig": "trl_moe_ext.tuners.moe_lora",
     "MoeLoraModel": "trl_moe_ext.tuners.moe_lora",
     "MoeSFTConfig": "trl_moe_ext.sft",

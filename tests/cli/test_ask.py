@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 from tests.families import randomise_factors
 from tests.recipe_models import save_small
 from tests.tiny_checkpoints import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
-from trl_moe_ext import MoeLoraConfig
+from trl_moe_ext import MoeEsftConfig, MoeLoraConfig
 from trl_moe_ext.cli.ask import _generation
-from trl_moe_ext.cli.load_adapter import _unpacked, base_model_of, load_adapter
+from trl_moe_ext.cli.load_adapter import base_model_of, load_adapter, unpacked
 from trl_moe_ext.cli.main import app
 
 QUESTION = "Which way is north?"
@@ -92,6 +92,19 @@ def test_both_answers(adapter: Path, answers: Callable[..., tuple[str, str]]) ->
     of_base, of_adapter = answers()
     assert of_base != of_adapter
     assert ask(adapter, QUESTION) == f"Base model:\n{of_base}\n\nAdapter:\n{of_adapter}\n"
+
+
+def test_an_adapter_of_moe_esft(base: Path, tmp_path: Path) -> None:
+    experts = {f"model.layers.{layer}.mlp.experts": [0, 2] for layer in range(2)}
+    config = MoeEsftConfig(selected_experts=experts, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(tmp_path / "adapter")
+    with model.disable_adapter():
+        of_base = expected(model)
+    assert expected(model) != of_base
+    assert ask(tmp_path / "adapter", QUESTION) == f"Base model:\n{of_base}\n\nAdapter:\n{expected(model)}\n"
 
 
 def test_the_adapter_alone(adapter: Path, answers: Callable[..., tuple[str, str]]) -> None:
@@ -184,8 +197,8 @@ def test_a_damaged_adapter_of_stock_lora(base: Path, tmp_path: Path) -> None:
 
 def test_experts_in_mxfp4_are_unpacked(tmp_path: Path, base: Path) -> None:
     save_small("gpt_oss_20b_sft", tmp_path / "packed")
-    assert _unpacked(AutoConfig.from_pretrained(tmp_path / "packed"))["quantization_config"].dequantize is True
-    assert _unpacked(AutoConfig.from_pretrained(base)) == {}
+    assert unpacked(AutoConfig.from_pretrained(tmp_path / "packed"))["quantization_config"].dequantize is True
+    assert unpacked(AutoConfig.from_pretrained(base)) == {}
 
 
 def test_a_relative_base_model_starts_at_the_current_directory(

@@ -27,6 +27,7 @@ from trl_moe_ext.grpo.rollout.supervisor import RolloutError
 from trl_moe_ext.grpo.trl_async import AsyncGRPOConfig
 from trl_moe_ext.reporting.callback import RunSummaryCallback
 from trl_moe_ext.reporting.record_callback import RunRecordCallback
+from trl_moe_ext.tuners.moe_esft import MoeEsftConfig
 from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,15 @@ def test_a_run_from_flags(trainer: type[StubTrainer]) -> None:
     assert (made["args"].max_staleness, made["args"].dtype) == (2, "bfloat16")
     assert {type(callback) for callback in made["callbacks"]} == {RunRecordCallback, RunSummaryCallback}
     assert trainer.called == [("train", None), ("save_model", "out"), ("end",)]
+
+
+def test_a_run_with_moe_esft(trainer: type[StubTrainer]) -> None:
+    words = ["moe_esft" if word == "moe_lora" else word for word in COMPLETE]
+    done(*words, "--moe_expert_selection", "all", "--moe_target", "experts", "attention")
+    config = trainer.made["peft_config"]
+    assert isinstance(config, MoeEsftConfig)
+    assert (config.expert_selection, config.moe_target) == ("all", ["experts", "attention"])
+    assert "--moe_expert_selection is not given" in error_of(*words)
 
 
 def test_a_run_from_yaml_where_flags_come_first_and_env_is_set(
@@ -242,7 +252,7 @@ def test_what_has_to_be_given(trainer: type[StubTrainer], missing: str, message:
     ("text", "message"),
     [
         ("max_stalness: 3\n", "--max_stalness is unknown; did you mean --max_staleness"),
-        ("moe_expert_rank: 3\n", "--moe_expert_rank is unknown"),
+        ("moe_expert_ranks: 3\n", "--moe_expert_ranks is unknown"),
         ("a: [1\n", "--config is not YAML"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.families import build, randomise_factors
-from trl_moe_ext import MoeLoraConfig
+from trl_moe_ext import MoeEsftConfig, MoeLoraConfig
 from trl_moe_ext.errors import AdapterFileError, ConfigError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -130,6 +131,55 @@ def test_transformers_own_loading_refuses_the_same_files(model, tmp_path, fault)
     else:
         weights.write_bytes(weights.read_bytes()[:1000])
     message = {"missing": "missing from the file", "nan": "NaN", "truncated": "damaged or cut off"}[fault]
+    with pytest.raises(AdapterFileError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+CHOSEN = {f"model.layers.{layer}.mlp.experts": [2, 5] for layer in range(2)}
+# An adapter of chosen experts, and what the names of its weights begin with.
+OF_CHOSEN_EXPERTS = {
+    "moe_lora": (MoeLoraConfig(r=3, selected_experts=CHOSEN, rank_pattern={r"layers.0.mlp.experts.5": 6}), "lora_A"),
+    "moe_esft": (MoeEsftConfig(selected_experts=CHOSEN), "esft_delta"),
+}
+
+
+def saved_of_chosen_experts(kind, folder):
+    """Saved in `folder` beside its base model, and live."""
+    torch.manual_seed(0)
+    build("qwen3_moe").save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = get_peft_model(base, copy.deepcopy(OF_CHOSEN_EXPERTS[kind][0])).eval()
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("kind", OF_CHOSEN_EXPERTS)
+def test_transformers_own_loading_of_chosen_experts(kind, tmp_path):
+    model = saved_of_chosen_experts(kind, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "no indices", "truncated"])
+@pytest.mark.parametrize("kind", OF_CHOSEN_EXPERTS)
+def test_transformers_own_loading_refuses_files_of_chosen_experts(kind, fault, tmp_path):
+    saved_of_chosen_experts(kind, tmp_path)
+    weight = OF_CHOSEN_EXPERTS[kind][1]
+    experts = "base_model.model.model.layers.1.mlp.experts."
+    key, indices = f"{experts}{weight}.down_proj", f"{experts}{weight.partition('_')[0]}_selected.experts"
+    file = tmp_path / "adapter" / WEIGHTS
+    change, message = {
+        "missing": (lambda: rewrite(file.parent, lambda tensors: tensors.pop(key)), "missing from the file"),
+        "nan": (lambda: rewrite(file.parent, lambda tensors: tensors[key].fill_(float("nan"))), "NaN"),
+        "no indices": (lambda: rewrite(file.parent, lambda tensors: tensors.pop(indices)), "missing from the file"),
+        "truncated": (lambda: file.write_bytes(file.read_bytes()[:1000]), "damaged or cut off"),
+    }[fault]
+    change()
     with pytest.raises(AdapterFileError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 

@@ -24,6 +24,9 @@ FIRST_IMPORTS = [
     "from trl.trainer.utils import get_peft_config",
     "import trl.scripts.sft",
     "from trl_moe_ext import MoeLoraConfig",
+    "from trl_moe_ext import MoeEsftConfig",
+    # Of both tuners; while it is half there, neither can be imported.
+    "import trl_moe_ext.tuners.targets.resolve",
 ]
 
 # `early` holds what the first import has bound: names that were looked up before anything else could be patched.
@@ -35,6 +38,7 @@ from peft.utils.peft_types import PeftType
 assert PeftType("MOE_LORA") is PeftType.MOE_LORA is early.get("PeftType", PeftType).MOE_LORA
 assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["MOE_LORA"].__name__ == "MoeLoraModel"
 assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["MOE_LORA"] == "lora_"
+assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["MOE_ESFT"].__name__ == "MoeEsftModel"
 
 parsers = [trl.TrlParser, trl.scripts.TrlParser, trl.scripts.utils.TrlParser]
 for parser in [early.get("TrlParser", trl.TrlParser), *parsers]:
@@ -61,7 +65,7 @@ import os, sys
 import torch, peft, trl, trl.trainer
 from trl import TrlParser, ModelConfig, get_peft_config
 from trl.trainer import get_peft_config
-assert "MOE_LORA" not in peft.PeftType.__members__
+assert not {"MOE_LORA", "MOE_ESFT"} & peft.PeftType.__members__.keys()
 assert type(TrlParser((ModelConfig,))) is TrlParser
 assert not hasattr(get_peft_config, "__wrapped__")
 assert not any(name.startswith("trl_moe_ext.hosts") for name in sys.modules)

@@ -1,4 +1,4 @@
-"""`PeftType.MOE_LORA`: as good a member as PEFT's own, and enough for PEFT to find the classes."""
+"""`PeftType.MOE_LORA` and `MOE_ESFT`: as good members as PEFT's own, and enough for PEFT to find the classes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from pathlib import Path
 import peft
 import pytest
 from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 
 from trl_moe_ext.errors import HostVersionError
 from trl_moe_ext.hosts.peft import add_member, register
 from trl_moe_ext.hosts.seams import find_seam
+from trl_moe_ext.hosts.tuner_types import TUNERS
+from trl_moe_ext.tuners.moe_esft import MoeEsftConfig, MoeEsftModel
 from trl_moe_ext.tuners.moe_lora import MoeLoraConfig, MoeLoraModel
 
 
@@ -28,14 +35,14 @@ class Colour(str, enum.Enum):  # noqa: UP042 - built as PEFT builds PeftType
 add_member(Colour, "BLUE")
 
 
-@pytest.mark.parametrize(("cls", "name"), [(PeftType, "MOE_LORA"), (Colour, "BLUE")])
+@pytest.mark.parametrize(("cls", "name"), [(PeftType, "MOE_LORA"), (PeftType, "MOE_ESFT"), (Colour, "BLUE")])
 def test_member(cls: type[enum.Enum], name: str) -> None:
     member = getattr(cls, name)
     assert cls(name) is cls[name] is member
     assert isinstance(member, cls)
     assert (member.name, member.value) == (name, name)
     assert member == name
-    assert list(cls)[-1] is member
+    assert member in list(cls)[-2:]
     assert len(cls) == len(list(cls)) == len(set(cls))
     assert name in list(cls)
     assert member in cls
@@ -68,6 +75,16 @@ def test_registered_classes() -> None:
     assert PEFT_TYPE_TO_TUNER_MAPPING["MOE_LORA"] is MoeLoraModel
     assert PeftType.MOE_LORA not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
     assert type(peft.get_peft_config({"peft_type": "MOE_LORA", "r": 3})) is MoeLoraConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.MOE_ESFT] is MoeEsftConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["MOE_ESFT"] is MoeEsftModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.MOE_ESFT] == "esft_"
+
+
+def test_every_type_has_its_classes_and_its_words() -> None:
+    for tuner in TUNERS:
+        config, model = PEFT_TYPE_TO_CONFIG_MAPPING[tuner.peft_type], PEFT_TYPE_TO_TUNER_MAPPING[tuner.peft_type]
+        assert (config.__module__.rpartition(".")[0], config.__name__) == (tuner.package, tuner.config)
+        assert PEFT_TYPE_TO_PREFIX_MAPPING[tuner.peft_type] == tuner.prefix == model.prefix
 
 
 def test_config_of_a_saved_adapter(tmp_path: Path) -> None:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 from trl import ModelConfig
 
+from tests.profiles.made import profile_of
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
-from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
+from trl_moe_ext.hosts.trl_peft_config import adapter_config
+from trl_moe_ext.tuners.moe_esft import MoeEsftConfig
 from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
 
 
+@pytest.fixture
+def profile(tmp_path: Path) -> str:
+    """A profile, as `--moe_expert_selection` names it."""
+    profile_of((0.4, 0.3, 0.2, 0.1)).save(tmp_path / "profile.json")
+    return f"profile:{tmp_path / 'profile.json'}"
+
+
 def config_of(**options: Any) -> MoeLoraConfig:
-    return moe_lora_config(MoeModelConfig(peft_type="moe_lora", **options))
+    config = adapter_config(MoeModelConfig(peft_type="moe_lora", **options))
+    assert type(config) is MoeLoraConfig
+    return config
 
 
-def test_every_option_reaches_the_config() -> None:
+def test_every_option_reaches_the_config(profile: str) -> None:
     given = {
         "lora_r": 5,
         "lora_alpha": 7,
@@ -29,7 +43,11 @@ def test_every_option_reaches_the_config() -> None:
         "moe_target": ["experts", "router"],
         "moe_expert_r": 3,
         "moe_expert_alpha": 1.5,
+        "moe_expert_rank": "by_share",
         "moe_expert_projections": "down",
+        "moe_expert_selection": profile,
+        "moe_expert_coverage": 0.5,
+        "moe_expert_score": "gate_score",
         "moe_kernel": "fused",
         "moe_save_activations": "none",
         "moe_layers_to_transform": [0, 2],
@@ -37,7 +55,9 @@ def test_every_option_reaches_the_config() -> None:
         "moe_router_bias": True,
         "router_mode": "lora",
     }
-    assert set(CONFIG_FIELDS) <= set(given)
+    # Which says the same as the coverage, in another way.
+    assert set(CONFIG_FIELDS) <= {*given, "moe_experts_per_layer"}
+    assert config_of(moe_expert_selection=profile, moe_experts_per_layer=3).experts_per_layer == 3
     config = config_of(**given)
     # PEFT keeps names of modules as sets.
     expected = {
@@ -51,7 +71,11 @@ def test_every_option_reaches_the_config() -> None:
         "moe_target": ["experts", "router"],
         "expert_r": 3,
         "expert_alpha": 1.5,
+        "expert_rank": "by_share",
         "expert_projections": "down",
+        "expert_selection": profile,
+        "expert_coverage": 0.5,
+        "expert_score": "gate_score",
         "kernel": "fused",
         "save_activations": "none",
         "layers_to_transform": [0, 2],
@@ -108,10 +132,61 @@ def test_as_stock_keeps_all_that_trl_knows() -> None:
     assert stock == ModelConfig(lora_r=3, lora_target_modules=["q"], use_peft=True)
 
 
+def test_what_reaches_the_config_of_moe_esft(profile: str) -> None:
+    """The options that have a meaning there, and of the others none."""
+    given = {
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_modules_to_save": ["score"],
+        "lora_task_type": "SEQ_CLS",
+        "moe_target": ["experts", "attention"],
+        "moe_expert_projections": "down",
+        "moe_expert_selection": profile,
+        "moe_experts_per_layer": 2,
+        "moe_expert_score": "gate_score",
+        "moe_layers_to_transform": [0, 2],
+        "moe_exclude_modules": ["visual", "lm_head"],
+    }
+    config = adapter_config(MoeModelConfig(peft_type="moe_esft", **given))
+    expected = {
+        "target_modules": {"q_proj", "v_proj"},
+        "modules_to_save": ["score"],
+        "task_type": "SEQ_CLS",
+        "moe_target": ["experts", "attention"],
+        "expert_projections": "down",
+        "expert_selection": profile,
+        "experts_per_layer": 2,
+        "expert_score": "gate_score",
+        "layers_to_transform": [0, 2],
+        "exclude_modules": {"visual", "lm_head"},
+    }
+    assert type(config) is MoeEsftConfig
+    assert {name: getattr(config, name) for name in expected} == expected
+    by_coverage = MoeModelConfig(peft_type="moe_esft", moe_expert_selection=profile, moe_expert_coverage=0.5)
+    assert adapter_config(by_coverage).expert_coverage == 0.5
+
+
+def test_every_option_reaches_moe_esft_or_is_refused() -> None:
+    known = {option.name for option in fields(MoeEsftConfig)}
+    no_field = [option for option, name in CONFIG_FIELDS.items() if name not in known]
+    assert no_field
+    for option in no_field:
+        value = True if option == "moe_router_bias" else 3
+        with pytest.raises(ConfigError, match=rf"--{option} has no effect with --peft_type moe_esft"):
+            MoeModelConfig(peft_type="moe_esft", moe_expert_selection="all", **{option: value})
+
+
+def test_options_of_lora_that_always_have_a_value_are_told_to_be_ignored() -> None:
+    with pytest.warns(UserWarning, match="--lora_r, --lora_dropout: no effect with --peft_type moe_esft"):
+        MoeModelConfig(peft_type="moe_esft", moe_expert_selection="all", lora_r=3, lora_dropout=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MoeModelConfig(peft_type="moe_esft", moe_expert_selection="all")
+
+
 # Options, and what the message must say: what is wrong, and the way out.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "moe_lra"}, "moe_lra is unknown; did you mean moe_lora"),
-    ({"peft_type": 3}, "3 is unknown; known: lora, moe_lora"),
+    ({"peft_type": 3}, "3 is unknown; known: lora, moe_esft, moe_lora"),
     ({"moe_expert_r": 4}, "--moe_expert_r: no effect, because --peft_type is not given; .* leave it out"),
     ({"moe_expert_r": 0}, "--moe_expert_r: no effect"),
     ({"use_peft": True, "moe_target": ["experts"]}, "--moe_target: no effect, because --peft_type is not given"),
@@ -137,17 +212,57 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--moe_router_bias, --router_mode: no effect, because --peft_type is lora; .* leave them out",
     ),
     # What only the config or the plug-ins can tell.
-    ({"peft_type": "moe_lora", "router_mode": "ful"}, "router_mode: 'ful' is unknown; did you mean full"),
+    ({"peft_type": "moe_lora", "router_mode": "ful"}, "--router_mode: 'ful' is unknown; did you mean full"),
     (
         {"peft_type": "moe_lora", "router_mode": "full", "moe_target": ["experts", "router"]},
-        "router_mode='full' contradicts 'router' in moe_target, .* use router_mode='lora'",
+        "--router_mode='full' contradicts 'router' in --moe_target, .* use --router_mode='lora'",
     ),
     (
         {"peft_type": "moe_lora", "moe_router_bias": True, "moe_target": ["attention"]},
-        "router_bias has no effect: .* add 'experts' to moe_target",
+        "--moe_router_bias has no effect: .* add 'experts' to --moe_target",
     ),
     ({"peft_type": "moe_lora", "moe_target": ["expert"]}, "'expert' is unknown; did you mean experts"),
-    ({"peft_type": "moe_lora", "moe_expert_projections": "up"}, "expert_projections: 'up' is unknown"),
+    ({"peft_type": "moe_lora", "moe_expert_projections": "up"}, "--moe_expert_projections: 'up' is unknown"),
+    (
+        {"peft_type": "moe_lora", "moe_expert_selection": "profile:nowhere.json", "moe_expert_coverage": 0.5},
+        "nowhere.json does not exist; make it with: trl-moe profile MODEL",
+    ),
+    (
+        {"peft_type": "moe_lora", "moe_expert_selection": f"profile:{__file__}", "moe_experts_per_layer": 2},
+        "is not a profile of experts",
+    ),
+    (
+        {"peft_type": "moe_lora", "moe_expert_selection": "profile:p.json"},
+        "--moe_expert_selection='profile:p.json' does not say how many experts; add --moe_expert_coverage",
+    ),
+    ({"peft_type": "moe_lora", "moe_expert_selection": "some"}, "--moe_expert_selection='some' is unknown; use 'all'"),
+    ({"peft_type": "moe_lora", "moe_expert_selection": 3}, "--moe_expert_selection is 3; use 'all'"),
+    (
+        {"peft_type": "moe_lora", "moe_experts_per_layer": 2},
+        "--moe_experts_per_layer=2 has no effect without a profile; add --moe_expert_selection=profile:<file>",
+    ),
+    (
+        {"peft_type": "moe_lora", "moe_expert_rank": "by_share"},
+        "--moe_expert_rank='by_share' has no effect without a profile",
+    ),
+    ({"peft_type": "moe_lora", "moe_expert_rank": "share"}, "--moe_expert_rank: 'share' is unknown; .*by_share"),
+    ({"peft_type": "moe_lora", "moe_expert_score": "gates"}, "--moe_expert_score='gates' is unknown; .*gate_score"),
+    (
+        {"moe_expert_coverage": 0.5, "moe_expert_score": "gate_score"},
+        "--moe_expert_coverage, --moe_expert_score: no effect, because --peft_type is not given",
+    ),
+    ({"peft_type": "moe_esft"}, "--moe_expert_selection is not given: say profile:<file>"),
+    ({"peft_type": "moe_esft", "use_dora": True}, "--use_dora has no effect with .* low-rank.*leave it out"),
+    ({"peft_type": "moe_esft", "use_rslora": True}, "--use_rslora has no effect with --peft_type moe_esft"),
+    ({"peft_type": "moe_esft", "lora_target_parameters": ["w"]}, "--lora_target_parameters has no effect"),
+    (
+        {"peft_type": "moe_esft", "router_mode": "lora"},
+        "--router_mode has no effect .* in --lora_modules_to_save",
+    ),
+    (
+        {"peft_type": "moe_esft", "moe_expert_selection": "profile:nowhere.json", "moe_experts_per_layer": 2},
+        "nowhere.json does not exist; make it with: trl-moe profile MODEL",
+    ),
     ({"peft_type": "moe_lora", "moe_kernel": "group"}, "--moe_kernel group is unknown: .*grouped"),
     ({"peft_type": "moe_lora", "lora_dropout": 1.5}, "lora_dropout=1.5"),
     (
@@ -160,4 +275,4 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(options) for options, _ in REFUSED])
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        moe_lora_config(MoeModelConfig(**options))
+        adapter_config(MoeModelConfig(**options))

@@ -17,10 +17,12 @@ from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from tests.hosts.refusals import only_line_of
+from tests.profiles.made import profile_of
 from trl_moe_ext.errors import ConfigError, HostVersionError
 from trl_moe_ext.hosts.trl import install_parser
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
 from trl_moe_ext.hosts.trl_parser import MoeTrlParser
+from trl_moe_ext.tuners.moe_esft import MoeEsftConfig
 from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
 
 COMMANDS = ["distillation", "dpo", "grpo", "kto", "reward", "rloo", "sft"]
@@ -52,7 +54,8 @@ def test_help_lists_every_option(command: str) -> None:
     for option in OPTIONS:
         assert f"--{option} " in text
     assert "'moe_lora' is LoRA on the routed experts" in text
-    assert "--peft_type {lora,moe_lora}" in text
+    assert "'moe_esft' trains the weights of chosen experts" in text
+    assert "--peft_type {lora,moe_lora,moe_esft}" in text
     assert "--moe_expert_projections {both,gate_up,down}" in text
 
 
@@ -64,6 +67,7 @@ def test_all_training_commands_are_tested() -> None:
 
 
 def test_yaml_and_flags_give_the_same(tmp_path: Path) -> None:
+    profile_of((0.4, 0.3, 0.2, 0.1)).save(tmp_path / "profile.json")
     settings = {
         "peft_type": "moe_lora",
         "lora_r": 4,
@@ -71,7 +75,11 @@ def test_yaml_and_flags_give_the_same(tmp_path: Path) -> None:
         "moe_target": ["experts", "router"],
         "moe_expert_r": 2,
         "moe_expert_alpha": 3.5,
+        "moe_expert_rank": "by_share",
         "moe_expert_projections": "gate_up",
+        "moe_expert_selection": f"profile:{tmp_path / 'profile.json'}",
+        "moe_expert_coverage": 0.75,
+        "moe_expert_score": "gate_score",
         "moe_kernel": "fused",
         "moe_save_activations": "none",
         "moe_layers_to_transform": [0, 1],
@@ -79,7 +87,7 @@ def test_yaml_and_flags_give_the_same(tmp_path: Path) -> None:
         "moe_router_bias": True,
         "router_mode": "lora",
     }
-    assert set(OPTIONS) <= set(settings)
+    assert set(OPTIONS) <= {*settings, "moe_experts_per_layer"}  # which goes without a coverage
     words = []
     for option, value in settings.items():
         words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
@@ -109,6 +117,12 @@ def test_get_peft_config(place: Any) -> None:
     assert (config.r, config.moe_target) == (3, ["experts"])
 
 
+def test_get_peft_config_of_moe_esft() -> None:
+    config = trl.get_peft_config(parse("--peft_type moe_esft --moe_expert_selection all --moe_target experts router"))
+    assert type(config) is MoeEsftConfig
+    assert (config.expert_selection, config.moe_target) == ("all", ["experts", "router"])
+
+
 @pytest.mark.parametrize("arguments", ["", "--use_peft", "--use_peft --lora_r 3 --lora_target_modules q_proj"])
 def test_without_peft_type_all_is_stock(arguments: str) -> None:
     parsed = parse(arguments)
@@ -128,7 +142,7 @@ def test_parse_dict() -> None:
     parser = TrlParser(ModelConfig)
     assert type(parser.parse_dict({"use_peft": True})[0]) is ModelConfig
     assert type(parser.parse_dict({"peft_type": "moe_lora"})[0]) is MoeModelConfig
-    with pytest.raises(ConfigError, match="moe_target: 'expert' is unknown"):
+    with pytest.raises(ConfigError, match="--moe_target: 'expert' is unknown"):
         parser.parse_dict({"peft_type": "moe_lora", "moe_target": ["expert"]})
 
 
@@ -155,7 +169,14 @@ def error_of(arguments: str, capsys: pytest.CaptureFixture[str], *settings: Any,
     [
         ("--peft_type moe_lra", "--peft_type moe_lra is unknown; did you mean moe_lora"),
         ("--moe_expert_r 4", "--moe_expert_r: no effect"),
-        ("--peft_type moe_lora --moe_target expert", "moe_target: 'expert' is unknown"),
+        ("--peft_type moe_esft", "--moe_expert_selection is not given"),
+        ("--peft_type moe_esft --moe_expert_r 4", "--moe_expert_r has no effect with --peft_type moe_esft"),
+        ("--peft_type moe_lora --moe_target expert", "--moe_target: 'expert' is unknown"),
+        ("--peft_type moe_lora --moe_expert_selection al", "--moe_expert_selection='al' is unknown; use 'all'"),
+        (
+            "--peft_type moe_lora --moe_expert_selection profile:nowhere.json --moe_experts_per_layer 2",
+            "nowhere.json does not exist; make it with: trl-moe profile",
+        ),
         ("--peft_type moe_lora --moe_expert_r four", "argument --moe_expert_r/--moe-expert-r: invalid int value"),
         ("--peft_type moe_lora --moe_target", "argument --moe_target/--moe-target: expected at least one argument"),
         ("--peft_type moe_lora --moe_expert 4", "ambiguous option: --moe_expert could match"),

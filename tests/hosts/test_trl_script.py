@@ -71,12 +71,13 @@ def run(command, *arguments):
 for command in ["distillation", "dpo", "grpo", "kto", "reward", "rloo", "sft"]:
     assert run(command, "--use_peft") == run(command, "--peft_type", "lora") == stock, command
     assert run(command, "--peft_type", "moe_lora") == [*stock, RunRecordCallback, RunSummaryCallback], command
-    assert run(command, "--peft_type", "moe_lora") == [*stock, RunRecordCallback, RunSummaryCallback], command
+    esft = ["--peft_type", "moe_esft", "--moe_expert_selection", "all"]
+    assert run(command, *esft) == [*stock, RunRecordCallback, RunSummaryCallback], command
     del transformers.trainer.DEFAULT_CALLBACKS[-2:]
 """
 
 
-def test_every_script_gets_the_summary_for_moe_lora_only(tmp_path: Path) -> None:
+def test_every_script_gets_the_summary_for_our_adapters_only(tmp_path: Path) -> None:
     run_python(ALL_SCRIPTS, tmp_path)
 
 

@@ -90,6 +90,13 @@ def test_flags_json_and_yaml_give_the_same(tmp_path: Path) -> None:
         assert other.to_dict() == from_flags.to_dict()
 
 
+def test_moe_esft_has_them_too() -> None:
+    adapter = ["--peft_type", "moe_esft", "--moe_expert_selection", "all"]
+    args = parse([*CPU, *adapter, "--router_metrics", "full"])
+    assert type(args) is MoeSFTConfig
+    assert args.router_metrics == "full"
+
+
 def test_numbers_that_yaml_takes_for_strings(tmp_path: Path) -> None:
     """PyYAML wants a point in 1e-3."""
     path = tmp_path / "config.yaml"

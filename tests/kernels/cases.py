@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
 from trl_moe_ext.kernels.gates import Gate
 from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.selected import SelectedExperts
 
 
 def swiglu(h: Tensor) -> Tensor:
@@ -82,15 +84,28 @@ class Case:
         return self._with(lambda tensor: tensor.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Case:
+        # What was one tensor stays one: updates share the seed of their adapter.
+        known: dict[int, Tensor] = {}
+
         def changed(value):
             if isinstance(value, Tensor):
-                return change(value)
+                if id(value) not in known:
+                    known[id(value)] = change(value)
+                return known[id(value)]
             if isinstance(value, tuple):
                 items = [changed(item) for item in value]
                 return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
             return value
 
         return Case(*(changed(getattr(self, name)) for name in self.__dataclass_fields__))
+
+
+class Chosen(NamedTuple):
+    """An update of some experts only; those of one adapter drop the same inputs."""
+
+    experts: tuple[int, ...] | None
+    r: int = 3
+    adapter: int = 0
 
 
 def make_case(
@@ -112,9 +127,13 @@ def make_case(
     gate_apart=False,
     weights_on_input=False,
     identity_experts=0,
+    selected=None,
     seed=0,
 ) -> Case:
-    """E != r and no two sizes alike, so that a swapped axis cannot pass."""
+    """E != r and no two sizes alike, so that a swapped axis cannot pass.
+
+    `selected` are the `Chosen` of every projection, or of each by its name; None for updates of all experts.
+    """
     g = torch.Generator().manual_seed(seed)
     if activation is interleaved and dtype == torch.bfloat16:
         # Rounding carries values across the bound, where the gradient jumps: the bound is tested in wider dtypes.
@@ -133,17 +152,24 @@ def make_case(
     up = randn(E, H, up_features, scale=H**-0.5) if transposed else randn(E, up_features, H, scale=H**-0.5).mT
     down = randn(E, I, H, scale=I**-0.5) if transposed else randn(E, H, I, scale=I**-0.5).mT
 
-    def updates(n_in, n_out):
-        return tuple(
-            LowRank(
-                randn(E, r + i, n_in, scale=n_in**-0.5),
-                randn(E, n_out, r + i),
-                0.7 + i,
-                dropout,
-                torch.tensor(1234 + i, dtype=torch.int32) if dropout else None,
-            )
-            for i in range(adapters)
+    seeds = [torch.tensor(1234 + i, dtype=torch.int32) if dropout else None for i in range(4)]
+
+    def update(n_in, n_out, number, chosen):
+        experts = E if chosen.experts is None else len(chosen.experts)
+        return LowRank(
+            randn(experts, chosen.r, n_in, scale=n_in**-0.5),
+            randn(experts, n_out, chosen.r),
+            0.7 + number,
+            dropout,
+            seeds[chosen.adapter],
+            selected=None if chosen.experts is None else SelectedExperts(chosen.experts, E),
         )
+
+    def updates(name, n_in, n_out):
+        chosen = selected[name] if isinstance(selected, dict) else selected
+        if chosen is None:
+            chosen = [Chosen(None, r + i, i) for i in range(adapters)]
+        return tuple(update(n_in, n_out, number, each) for number, each in enumerate(chosen))
 
     index = torch.rand(T, E + (2 if sentinels else identity_experts), generator=g).topk(K, dim=-1).indices
     return Case(
@@ -162,8 +188,8 @@ def make_case(
             identity_experts,
             closed_form,
         ),
-        updates(H, up_features),
-        updates(I, H),
+        updates("up", H, up_features),
+        updates("down", I, H),
         randn(T, H),
-        updates(H, I) if gate_apart else (),
+        updates("gate", H, I) if gate_apart else (),
     )

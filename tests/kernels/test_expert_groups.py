@@ -60,6 +60,18 @@ def test_groups_stand_one_behind_the_other_within_the_bound(kind, dtype):
 
 
 @KINDS
+@DTYPES
+def test_experts_of_a_group_are_of_one_kind(kind, dtype):
+    index, experts = routing(kind)
+    dispatch, kinds = sort_by_expert(index, experts), [(expert % 3 == 0, expert % 2) for expert in range(experts)]
+    groups = group_experts(dispatch, dtype, kinds)
+    assert all(len({kinds[expert] for expert in group.experts}) == 1 for group in groups)
+    everywhere = sorted(expert for group in group_experts(dispatch, dtype) for expert in group.experts)
+    assert sorted(expert for group in groups for expert in group.experts) == everywhere
+    assert groups[-1].rows.stop <= bound_of_rows(index.numel())
+
+
+@KINDS
 def test_experts_are_in_a_group_or_idle(kind):
     index, experts = routing(kind)
     dispatch = sort_by_expert(index, experts)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.cases import interleaved, make_case, relu_squared
 from tests.tolerances import assert_gradient_close, assert_output_close, relative_error
-from trl_moe_ext.kernels import grouped, lora_linear
+from trl_moe_ext.kernels import grouped, grouped_update
 from trl_moe_ext.kernels.experts_mlp import experts_mlp
 from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.reference import experts_mlp_reference
@@ -157,7 +157,7 @@ def test_autocast_leaves_the_experts_in_the_dtype_of_their_weights(kernel):
 def native_products(monkeypatch):
     """The branch that a GPU takes: torch's own grouped product, which exists on the CPU too, and padded ranks."""
     monkeypatch.setattr(grouped, "_native", lambda x, other: True)
-    monkeypatch.setattr(lora_linear, "aligned_rank", lambda rank, like: -(-rank // 8) * 8)
+    monkeypatch.setattr(grouped_update, "aligned_rank", lambda rank, like: -(-rank // 8) * 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.cases import make_case
+from tests.kernels.cases import Chosen, make_case
 from tests.tolerances import assert_gradient_close
 from trl_moe_ext.kernels import fused, fused_loop
 from trl_moe_ext.kernels.dispatch import sort_by_expert
@@ -28,15 +28,23 @@ def test_the_derivative_of_a_gate_is_that_of_autograd(name):
     assert_gradient_close(gate.backward(h.detach(), grad), expected, torch.float64, name)
 
 
+SOME, OTHERS = Chosen((0, 3)), Chosen((1,), r=2)
 TAKEN = {
     "gated": {},
     "biased": {"bias": True},
     "dropout": {"dropout": 0.25},
     "no adapter": {"adapters": 0},
     "weights on the input": {"weights_on_input": True},
+    "some experts": {"selected": (SOME,)},
+    "classes of experts": {"selected": (SOME, OTHERS), "dropout": 0.25},
+    "up of some, down of all": {"selected": {"up": (SOME, OTHERS), "down": None}},
+    "adapters apart": {"selected": (SOME, OTHERS._replace(adapter=1))},
 }
 LEFT = {
     "two adapters": {"adapters": 2},
+    "adapters that overlap": {"selected": {"up": (SOME,), "down": (SOME, Chosen((3,)))}},
+    "one of all": {"selected": (SOME, Chosen(None))},
+    "adapters that drop other inputs": {"selected": (SOME, OTHERS._replace(adapter=1)), "dropout": 0.25},
     "norm": {"post_norm": lambda y: F.rms_norm(y, y.shape[-1:])},
     "gate apart": {"gate_apart": True},
 }
@@ -63,17 +71,17 @@ def test_weights_that_are_trained_are_left_to_the_two_functions():
 def test_what_was_not_kept_is_computed_again():
     """The same bits, from the output of the first projection or without it."""
     case = make_case(dtype=torch.bfloat16, bias=True)
-    dispatch = sort_by_expert(case.top_k_index, 5)
-    weights, (up,), (down,) = case.weights, case.up, case.down
+    dispatch, factors = sort_by_expert(case.top_k_index, 5), (case.up, case.down)
+    weights = case.weights
     frozen = Frozen(weights.up, weights.down, weights.up_bias, weights.down_bias, weights.closed_form)
     outputs, gradients = [], []
     for keep in (True, False):
         tokens = case.hidden_states, case.top_k_weights
-        out, kept = fused_loop.forward(*tokens, frozen, (up, down), dispatch, keep)
+        out, kept = fused_loop.forward(*tokens, frozen, factors, dispatch, keep)
         assert bool(kept.h.numel()) is keep
         outputs.append(out)
-        hidden, routed, *both = fused_loop.backward(case.grad, *tokens, kept, frozen, (up, down), dispatch, True)
-        gradients.append([hidden, routed, *both[0], *both[1]])
+        hidden, routed, *both = fused_loop.backward(case.grad, *tokens, kept, frozen, factors, dispatch, True)
+        gradients.append([hidden, routed, *(gradient for [pair] in both for gradient in pair)])
     assert torch.equal(*outputs)
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
@@ -131,9 +139,11 @@ def test_none_saves_nothing_as_wide_as_the_first_projection(layout):
     assert wide_rows("none") == 0
 
 
-def test_what_is_kept_does_not_depend_on_the_routing():
+@pytest.mark.parametrize("selected", [None, (SOME, OTHERS)], ids=["all experts", "some"])
+def test_what_is_kept_does_not_depend_on_the_routing(selected):
     """Non-reentrant checkpointing compares the saved tensors of forward and recompute."""
-    first, second = (saved_by(make_case(seed=seed, T=9, E=40, dtype=torch.bfloat16)) for seed in (0, 1))
+    cases = (make_case(seed=seed, T=9, E=40, dtype=torch.bfloat16, selected=selected) for seed in (0, 1))
+    first, second = map(saved_by, cases)
     assert first == second
     assert first
 

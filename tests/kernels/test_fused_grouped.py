@@ -10,9 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.kernels.cases import Case, interleaved, make_case, relu_squared, swiglu
+from tests.kernels.cases import Case, Chosen, interleaved, make_case, relu_squared, swiglu
 from tests.tolerances import assert_gradient_close, assert_output_close
-from trl_moe_ext.kernels import fused, fused_grouped, fused_loop, grouped
+from trl_moe_ext.kernels import fused, fused_grouped, fused_loop, grouped, grouped_update
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.fused_parts import Frozen, Kept
 from trl_moe_ext.kernels.reference import experts_mlp_reference
@@ -35,6 +35,7 @@ LAYOUTS = {
     "sentinels": {"sentinels": True, "bias": True},
     "rank-1": {"r": 1},
     "weights-on-input": {"weights_on_input": True, "transposed": True},
+    "some-experts": {"T": 60, "selected": (Chosen((0, 3)), Chosen((2,), r=9)), "dropout": 0.25, "sentinels": True},
     "weights-on-input-biased-dropout": {"weights_on_input": True, "bias": True, "dropout": 0.25, "sentinels": True},
 }
 
@@ -44,20 +45,16 @@ def frozen_of(case: Case) -> Frozen:
     return Frozen(w.up, w.down, w.up_bias, w.down_bias, w.closed_form, w.weights_on_input)
 
 
-def factors_of(case: Case):
-    return tuple(updates[0] if updates else None for updates in (case.up, case.down))
-
-
 def run(case: Case, *, keep=True, needs_hidden=True):
     """Output, what was kept, and every gradient by the name of its leaf."""
     dispatch = sort_by_expert(case.top_k_index, case.weights.up.shape[0])
-    tokens, frozen, factors = (case.hidden_states, case.top_k_weights), frozen_of(case), factors_of(case)
+    tokens, frozen, factors = (case.hidden_states, case.top_k_weights), frozen_of(case), (case.up, case.down)
     out, kept = fused_grouped.forward(*tokens, frozen, factors, dispatch, keep)
     gradients = fused_grouped.backward(case.grad, *tokens, kept, frozen, factors, dispatch, needs_hidden)
     named = {"hidden_states": gradients.hidden, "top_k_weights": gradients.weights}
-    for projection, pair in (("up", gradients.up), ("down", gradients.down)):
-        if pair is not None:
-            named |= {f"{projection}[0].A": pair[0], f"{projection}[0].B": pair[1]}
+    for projection, pairs in (("up", gradients.up), ("down", gradients.down)):
+        for number, (A, B) in enumerate(pairs):
+            named |= {f"{projection}[{number}].A": A, f"{projection}[{number}].B": B}
     return out, kept, named
 
 
@@ -87,7 +84,7 @@ def native_products(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", poisoned)
     monkeypatch.setattr(grouped, "_native", lambda x, other: True)
-    monkeypatch.setattr(fused_grouped, "aligned_rank", lambda rank, like: -(-rank // 8) * 8)
+    monkeypatch.setattr(grouped_update, "aligned_rank", lambda rank, like: -(-rank // 8) * 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -118,7 +115,7 @@ def test_what_was_kept_is_left_as_it_is():
     """Backward may run twice, with `retain_graph`."""
     case = make_case(dtype=torch.bfloat16, bias=True, dropout=0.25)
     dispatch = sort_by_expert(case.top_k_index, 5)
-    rest = frozen_of(case), factors_of(case), dispatch
+    rest = frozen_of(case), (case.up, case.down), dispatch
     _, kept = fused_grouped.forward(case.hidden_states, case.top_k_weights, *rest, True)
     before = [tensor.clone() for tensor in kept]
     fused_grouped.backward(case.grad, case.hidden_states, case.top_k_weights, kept, *rest, True)
@@ -197,7 +194,16 @@ def test_the_frozen_weights_are_multiplied_no_oftener_than_needed(options, produ
     assert sum(3 not in width for width in widths) == products
 
 
-TRACED = ["gated", "gpt-oss-like", "no-gate", "dropout", "no-adapter", "sentinels", "weights-on-input-biased-dropout"]
+TRACED = [
+    "some-experts",
+    "gated",
+    "gpt-oss-like",
+    "no-gate",
+    "dropout",
+    "no-adapter",
+    "sentinels",
+    "weights-on-input-biased-dropout",
+]
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])
@@ -219,7 +225,7 @@ def test_a_number_that_is_read_would_be_noticed():
     def forward(case):
         dispatch = sort_by_expert(case.top_k_index, 5)
         tokens = case.hidden_states, case.top_k_weights
-        return fused_loop.forward(*tokens, frozen_of(case), factors_of(case), dispatch, True)
+        return fused_loop.forward(*tokens, frozen_of(case), (case.up, case.down), dispatch, True)
 
     with pytest.raises(DataDependentOutputException):
         _on_fake_tensors(forward, make_case())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cases import interleaved, make_case, relu_squared
+from tests.kernels.cases import Chosen, interleaved, make_case, relu_squared
 from tests.tolerances import assert_gradient_close, assert_output_close
 from trl_moe_ext.kernels import row_ops
 from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 
 pytestmark = pytest.mark.gpu
+
+CLASSES = (Chosen((0, 3, 7, 8)), Chosen((2, 11), r=12))
 
 # Sizes whose strides torch's grouped product takes, ranks that are padded, and sizes that it does not take.
 LAYOUTS = {
@@ -29,6 +31,13 @@ LAYOUTS = {
     "idle-experts": {"H": 64, "I": 48, "T": 3, "E": 40},
     "many-rows": {"H": 64, "I": 1536, "T": 600, "E": 3},
     "sentinels": {"H": 64, "I": 48, "T": 70, "sentinels": True, "bias": True},
+    "some experts": {"H": 64, "I": 48, "selected": (Chosen((1, 4)),)},
+    "one expert": {"H": 64, "I": 48, "T": 300, "selected": (Chosen((2,), r=40),)},
+    "classes of ranks": {"H": 64, "I": 48, "T": 300, "E": 20, "selected": CLASSES},
+    "classes of ranks, dropout": {"H": 64, "I": 48, "selected": CLASSES, "E": 20, "dropout": 0.25, "bias": True},
+    "up of some, down of all": {"H": 64, "I": 48, "E": 20, "selected": {"up": CLASSES, "down": None}},
+    "some experts, sentinels": {"H": 64, "I": 48, "T": 70, "E": 20, "selected": CLASSES, "sentinels": True},
+    "adapters that overlap": {"H": 64, "I": 48, "selected": (Chosen((1, 4)), Chosen((0, 4), r=16, adapter=1))},
     "weights-on-input": {"H": 64, "I": 48, "weights_on_input": True, "transposed": True, "sentinels": True},
 }
 
@@ -57,8 +66,9 @@ def test_triton_is_there():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_the_device_is_never_waited_for():
-    case = make_case(H=64, I=48, dtype=torch.bfloat16).to("cuda")
+@pytest.mark.parametrize("layout", ["gated", "classes of ranks", "adapters that overlap"])
+def test_the_device_is_never_waited_for(layout):
+    case = make_case(**LAYOUTS[layout], dtype=torch.bfloat16).to("cuda")
     case.run(fused_experts_mlp)
     torch.cuda.set_sync_debug_mode("error")
     try:

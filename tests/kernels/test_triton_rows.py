@@ -19,6 +19,7 @@ from tests.tolerances import assert_gradient_close, assert_output_close
 from trl_moe_ext.kernels import triton_rows
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.gates import GATES, Gate
+from trl_moe_ext.kernels.selected import SelectedExperts
 
 T, K, E, N, R = 13, 3, 5, 70, 5
 
@@ -60,6 +61,20 @@ def test_low_rank_update_is_added_to_the_rows_of_its_expert(dispatch):
         expected[start:end] += u[start:end].double() @ B[expert].double().T
         start = end
     triton_rows.add_low_rank(rows, u, B.mT, dispatch.offsets)
+    assert_output_close(rows, expected, torch.float32)
+
+
+def test_low_rank_update_of_some_experts_is_added_to_their_rows(dispatch):
+    """Of runs of experts: those between two that are selected have zeros together."""
+    some = SelectedExperts((1, 4), E)
+    runs = some.runs(torch.device("cpu"))
+    rows, u, B = padded(T * K, N), torch.randn(T * K, R), torch.randn(2, N, R)
+    expected, start = rows.double(), 0
+    for expert, end in enumerate(dispatch.offsets.tolist()):
+        if expert in some.experts:
+            expected[start:end] += u[start:end].double() @ B[some.experts.index(expert)].double().T
+        start = end
+    triton_rows.add_low_rank(rows, u, runs.spread(B).mT, dispatch.offsets[runs.last])
     assert_output_close(rows, expected, torch.float32)
 
 

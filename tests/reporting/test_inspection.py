@@ -18,7 +18,7 @@ from trl_moe_ext.reporting.inspection import Inspection, inspect_model
 from trl_moe_ext.reporting.inspection.experts import RoutedExperts, routed_experts
 from trl_moe_ext.reporting.inspection.numbers import compact_bytes, compact_count, compact_share, ranges
 from trl_moe_ext.reporting.inspection.router import RouterKind
-from trl_moe_ext.tuners.moe_lora.config import TARGET_WORDS
+from trl_moe_ext.tuners.targets.options import TARGET_WORDS
 
 # One of every form that experts, routers and attention have, a dense model and composites.
 FAMILIES = [

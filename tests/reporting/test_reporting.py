@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,15 @@ from PIL import Image
 from rich.console import Console
 
 from tests.families import build
-from trl_moe_ext import MoeLoraConfig
+from trl_moe_ext import MoeEsftConfig, MoeLoraConfig
 from trl_moe_ext.reporting.adapted import adapted_parts, adapted_table
 from trl_moe_ext.reporting.callback import RunSummaryCallback
 from trl_moe_ext.reporting.loss_curve import save_loss_curve
+from trl_moe_ext.reporting.page.run_files import RunFiles
+from trl_moe_ext.reporting.page.sections.adapted import section
+from trl_moe_ext.reporting.run_facts import settings
+from trl_moe_ext.reporting.run_record import RECORD_FILE, RunRecord, TrainedPart
+from trl_moe_ext.router.history import RouterHistory
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,63 @@ def test_the_table_shows_the_share_of_all_parameters():
     console = Console(width=80, record=True)
     console.print(adapted_table(get_peft_model(build("qwen3_moe"), MoeLoraConfig(r=3))))
     assert "parameters (" in console.export_text()
+
+
+def experts_of(model):
+    return [name for name, _ in model.named_modules() if name.endswith(".experts")]
+
+
+def selecting(model, *choices):
+    """Options that choose experts of one layer after the other."""
+    return {"selected_experts": dict(zip(experts_of(model), choices, strict=True))}
+
+
+@pytest.mark.parametrize(
+    ("choices", "patterns", "words"),
+    [
+        (([1, 2], [0, 5]), {}, "2 of 8 in each layer (25%)"),
+        (([1, 2], [0, 5, 6, 7]), {}, "2 to 4 of 8 in each layer (38%)"),
+        (([1, 2], [0, 5]), {r"layers\.0\.mlp\.experts\.2": 12}, "2 of 8 in each layer (25%), ranks 3 to 12"),
+        (([*range(8)], [*range(8)]), {r"layers\.0\.mlp\.experts\.2": 12}, "ranks 3 to 12"),
+        (([*range(8)], [*range(8)]), {}, ""),
+    ],
+)
+def test_the_chosen_experts_and_their_ranks_are_told(choices, patterns, words):
+    model = build("qwen3_moe")
+    options = selecting(model, *choices)
+    model = get_peft_model(model, MoeLoraConfig(r=3, moe_target=["experts"], rank_pattern=patterns, **options))
+    part = next(row for row in adapted_parts(model) if row.part == "routed experts")
+    assert part.detail == words
+    assert part.parameters == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("make", [lambda **o: MoeLoraConfig(r=3, **o), MoeEsftConfig], ids=["moe_lora", "moe_esft"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
+def test_the_table_and_the_page_tell_the_chosen_experts(make, model_type, tmp_path):
+    """Also of experts that are Linears of their own."""
+    model = build(model_type)
+    options = selecting(model, [1], [6])
+    model = get_peft_model(model, make(moe_target=["experts"], **options))
+    console = Console(width=80, record=True)
+    console.print(adapted_table(model))
+    lines = [line.strip() for line in console.export_text().splitlines()]
+    assert "routed experts: 1 of 8 in each layer (12%)" in lines
+    RunRecord(adapted=[TrainedPart(**asdict(part)) for part in adapted_parts(model)], total_parameters=10**6).save(
+        tmp_path
+    )
+    page = section(RunFiles("run", RunRecord.load(tmp_path / RECORD_FILE), RouterHistory()))
+    assert page.summary.endswith("Of the routed experts: 1 of 8 in each layer (12%).")
+
+
+def test_long_options_of_an_adapter_are_told_in_short():
+    model = build("qwen3_moe")
+    model = get_peft_model(model, MoeLoraConfig(r=3, **selecting(model, [1, 2], [0, 5])))
+    assert (
+        settings(model, SimpleNamespace())["adapter"]["selected_experts"]
+        == model.peft_config["default"].selected_experts
+    )
+    model.peft_config["default"].selected_experts = {f"layers.{n}.experts": [*range(16)] for n in range(48)}
+    assert settings(model, SimpleNamespace())["adapter"]["selected_experts"] == "48 entries"
 
 
 @pytest.mark.parametrize("sign", [1, -1])

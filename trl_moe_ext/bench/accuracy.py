@@ -84,7 +84,11 @@ def _expected(
     out = torch.zeros_like(x)
     gradients: dict[str, list[Tensor]] = {f"{name}.{side}": [] for name in factors for side in "AB"}
     for expert in range(layout.num_experts):
-        updates = {name: _low_rank(projection, expert) for name, projection in factors.items()}
+        updates = {
+            name: _low_rank(projection, projection.experts.index(expert))
+            for name, projection in factors.items()
+            if expert in projection.experts
+        }
         part = experts_mlp_reference(
             x,
             (index != expert).long(),  # expert 0 of one; 1 is a slot that nobody serves
@@ -106,9 +110,9 @@ def _expected(
     return expected
 
 
-def _low_rank(factors: Factors, expert: int) -> LowRank:
+def _low_rank(factors: Factors, place: int) -> LowRank:
     def leaf(view: Any, stored: Tensor) -> Tensor:
-        return view(stored.detach())[expert : expert + 1].double().requires_grad_()  # type: ignore[no-any-return]
+        return view(stored.detach())[place : place + 1].double().requires_grad_()  # type: ignore[no-any-return]
 
     return LowRank(leaf(factors.expert_a, factors.A), leaf(factors.expert_b, factors.B), factors.scaling)
 

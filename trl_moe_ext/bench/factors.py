@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,15 @@ class Factors:
     """The parameters of one projection's update and how they look for each expert, ``(E, r, in)`` and ``(E, out, r)``.
 
     Attributes:
+        experts: those that have an update, in the order of the rows.
         A, B: as they are stored.
         scaling: of their product.
         expert_a, expert_b: from the stored form of A and B to that, a view, for values and gradients alike.
     """
 
-    A: nn.Parameter
-    B: nn.Parameter
+    experts: Sequence[int]
+    A: Tensor
+    B: Tensor
     scaling: float
     expert_a: Callable[[Tensor], Tensor]
     expert_b: Callable[[Tensor], Tensor]
@@ -48,9 +50,10 @@ def _of_moe_lora(model: nn.Module) -> Iterator[tuple[str, Factors]]:
     for module in model.modules():
         if isinstance(module, MoeLoraExperts):
             for projection in module.layout.projections:
-                A = getattr(module.lora_A["default"], projection.name)
-                B = getattr(module.lora_B["default"], projection.name)
-                yield projection.parameter, Factors(A, B, module.scaling["default"], _as_it_is, _as_it_is)
+                (update,) = module.updates("default", projection)
+                selected = update.selected
+                experts = range(module.layout.num_experts) if selected is None else selected.experts
+                yield projection.parameter, Factors(experts, update.A, update.B, update.scaling, _as_it_is, _as_it_is)
 
 
 def _of_peft(model: nn.Module, experts: int) -> Iterator[tuple[str, Factors]]:
@@ -65,7 +68,7 @@ def _of_peft(model: nn.Module, experts: int) -> Iterator[tuple[str, Factors]]:
     for module in model.modules():
         if isinstance(module, ParamWrapper):
             A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            yield module.parameter_name, Factors(A, B, module.scaling["default"], expert_a, expert_b)
+            yield module.parameter_name, Factors(range(experts), A, B, module.scaling["default"], expert_a, expert_b)
 
 
 def _as_it_is(stored: Tensor) -> Tensor:

@@ -118,9 +118,11 @@ def needed_bytes(request: Request, sizes: Sizes, peer: Peer, tokens: int) -> int
     per_token = sizes.experts if sizes.is_dense and peer.is_stock else sizes.top_k or _USUAL_TOP_K
     row = _HIDDEN_ROWS * sizes.hidden + _INNER_ROWS * sizes.intermediate
     activations = tokens * per_token * row * element * kept_layers
-    # Factors and their gradients in float32, which is what PEFT makes of them.
-    factors = layers * sizes.experts * request.rank * (2 * sizes.hidden + 3 * sizes.intermediate) * 4 * 2
-    return sizes.weight_bytes + merged + activations + (factors if peer.adapts_experts else 0)
+    # Factors, their gradients and AdamW's two states in float32, which is what PEFT makes of them.
+    factors = layers * sizes.experts * request.rank * (2 * sizes.hidden + 3 * sizes.intermediate) * 4 * 4
+    # What is added to trained experts, its gradient and AdamW's two states in float32; and the sum in one layer.
+    in_full = int(peer.trained_share * (16 * sizes.expert_parameters + layer_stacks))
+    return sizes.weight_bytes + merged + activations + in_full + (factors if peer.adapts_experts else 0)
 
 
 def _gb(number: int) -> str:

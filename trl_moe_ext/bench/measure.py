@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from trl_moe_ext.bench.build import build
 from trl_moe_ext.bench.memory import peak, reset_peak
@@ -24,10 +25,12 @@ class Measured:
     Attributes:
         seconds: of each timed step.
         extra_bytes: the most that the steps held over the idle model; None where the system does not tell.
+        trained_bytes: trained parameters, their gradients and the states that AdamW keeps of them.
     """
 
     seconds: list[float]
     extra_bytes: int | None
+    trained_bytes: int = 0
 
     @property
     def median(self) -> float:
@@ -57,10 +60,27 @@ def measure(plan: Plan) -> Measured:
             raise MoeExtError(f"step {step} of {plan.peer} gives numbers that are not finite; nothing was measured")
         if step >= WARM_UP_STEPS:
             seconds.append(end - start)
-        model.zero_grad(set_to_none=True)
+        if step < WARM_UP_STEPS + plan.steps - 1:
+            model.zero_grad(set_to_none=True)
         del inputs, out
     most = peak(device)
-    return Measured(seconds, None if idle is None or most is None else most - idle)
+    return Measured(seconds, None if idle is None or most is None else most - idle, trained_bytes(model))
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of the trained parameters, of their gradients and of AdamW's states after a step, which is taken.
+
+    Args:
+        model: after a backward pass.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return 0
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *gradients, *states))
 
 
 def _now(device: torch.device) -> float:

@@ -18,6 +18,7 @@ from trl_moe_ext.bench.subjects import Subject
 from trl_moe_ext.errors import ConfigError, MoeExtError, near_matches
 from trl_moe_ext.experts.anatomy import read_anatomy
 from trl_moe_ext.plugins import host
+from trl_moe_ext.tuners.moe_esft import MoeEsftConfig
 from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
 
@@ -39,6 +40,7 @@ class Peer:
         is_stock: whether the experts run in transformers' own code.
         gradient_stacks: how many tensors of the size of a layer's experts its backward pass holds at once, besides
             the merged experts that it keeps if this is not zero.
+        trained_share: part of the experts' own weights that is trained.
     """
 
     attach: Callable[[Subject, int], nn.Module]
@@ -46,6 +48,7 @@ class Peer:
     adapts_experts: bool = True
     is_stock: bool = False
     gradient_stacks: int = 0
+    trained_share: float = 0.0
 
 
 def peer_named(name: str) -> Peer:
@@ -80,6 +83,23 @@ def _frozen(subject: Subject, rank: int) -> nn.Module:
 def _moe_lora(subject: Subject, rank: int, **options: Any) -> nn.Module:
     # Given as Linears, attention is what is named here; without any, the experts are all there is to adapt.
     config = MoeLoraConfig(r=rank, target_modules=_attention(subject) or None, moe_target=["experts"], **options)
+    return get_peft_model(subject.model, config)  # type: ignore[no-any-return]
+
+
+def _quarter(subject: Subject) -> dict[str, list[int]]:
+    """Every fourth expert of each layer: with random routing they are used as much as the others."""
+    if subject.found.linears:
+        raise PeerUnavailableError("Experts that are Linears of their own run in no kernel of ours")
+    return {name: [*range(0, layout.num_experts, 4)] for name, layout in subject.found.stacks.items()}
+
+
+def _moe_lora_quarter(subject: Subject, rank: int) -> nn.Module:
+    return _moe_lora(subject, rank, selected_experts=_quarter(subject))
+
+
+def _moe_esft_quarter(subject: Subject, rank: int) -> nn.Module:
+    """A quarter of the experts in full; attention as it is, as the two are no adapters of one type."""
+    config = MoeEsftConfig(moe_target=["experts"], selected_experts=_quarter(subject))
     return get_peft_model(subject.model, config)  # type: ignore[no-any-return]
 
 
@@ -120,10 +140,14 @@ PEERS = {
     "moe_lora": Peer(_moe_lora),
     "moe_lora_none": Peer(partial(_moe_lora, save_activations="none")),
     "moe_lora_off": Peer(_moe_lora_off, adapts_experts=False),
+    # A quarter of the experts, with factors and in full.
+    "moe_lora_quarter": Peer(_moe_lora_quarter),
+    "moe_esft_quarter": Peer(_moe_esft_quarter, adapts_experts=False, trained_share=0.25),
     # Stock PEFT's target_parameters, with grouped products and with one expert after the other, which takes minutes.
     "peft_grouped_mm": Peer(partial(_peft, implementation="grouped_mm"), is_stock=True, gradient_stacks=1),
     "peft_eager": Peer(
         partial(_peft, implementation="eager"), implementation="eager", is_stock=True, gradient_stacks=2
     ),
 }
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "peft_eager")
+_ON_DEMAND = ("moe_lora_quarter", "moe_esft_quarter", "peft_eager")
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in _ON_DEMAND)

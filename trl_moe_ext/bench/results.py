@@ -47,6 +47,11 @@ class Row:
         known = [measured.extra_bytes / 1e6 for measured in self.rounds if measured.extra_bytes is not None]
         return spread(known) if known else None
 
+    @property
+    def trained_megabytes(self) -> float | None:
+        """Of trained parameters, gradients and AdamW's states, in powers of 1000."""
+        return self.rounds[0].trained_bytes / 1e6 if self.rounds else None
+
 
 @dataclass
 class Results:
@@ -96,6 +101,7 @@ class Results:
             **asdict(row),
             "milliseconds": asdict(row.milliseconds) if row.milliseconds else None,
             "megabytes": asdict(row.megabytes) if row.megabytes else None,
+            "trained_megabytes": row.trained_megabytes,
             "time_over_frozen": self.ratio(row, "frozen", "milliseconds"),
             "memory_over_frozen": self.ratio(row, "frozen", "megabytes"),
             "time_over_moe_lora": self.ratio(row, "moe_lora", "milliseconds"),

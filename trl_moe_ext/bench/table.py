@@ -41,7 +41,7 @@ def results_tables(results: Results) -> Iterator[Table]:
 
 
 def _measurements(results: Results, tokens: int) -> Table:
-    columns = ("ms of a step", "extra MB", "time /\nfrozen", "memory /\nfrozen", "time /\nmoe_lora")
+    columns = ("ms of a step", "extra MB", "time /\nfrozen", "memory /\nfrozen", "time /\nmoe_lora", "trained\nMB")
     table = _table(f"{tokens:,} tokens", *columns)
     for row in (row for row in results.rows if row.tokens == tokens):
         table.add_row(
@@ -51,6 +51,7 @@ def _measurements(results: Results, tokens: int) -> Table:
             _ratio(results.ratio(row, "frozen", "milliseconds")),
             _ratio(results.ratio(row, "frozen", "megabytes")),
             _ratio(results.ratio(row, "moe_lora", "milliseconds")),
+            figure(row.trained_megabytes) if row.trained_megabytes else "-",
         )
     return table
 
@@ -98,6 +99,7 @@ def notes(results: Results, facts: dict[str, Any]) -> Iterator[str]:
         f"of {_count(request.steps, 'step')} after {WARM_UP_STEPS} to warm up."
     )
     yield "Extra memory is the peak over the idle model; it holds the gradients of the trained parameters."
+    yield "Trained MB are those of trained parameters, their gradients and the states that AdamW keeps of them."
     if any(isinstance(found, dict) for found in results.errors.values()):
         yield "dX is the gradient of the tokens, dA and dB are those of the low-rank factors, with B not zero."
     yield f"{in_words(facts)}."

@@ -14,7 +14,7 @@ from trl_moe_ext.errors import ConfigError, near_matches
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 from trl_moe_ext.hosts.trl_arguments import MoeModelConfig
 from trl_moe_ext.hosts.trl_parser import MoeTrlParser
-from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
+from trl_moe_ext.hosts.trl_peft_config import adapter_config
 
 __all__ = ["Arguments", "last_or_path", "model_options", "parse", "peft_config"]
 
@@ -123,9 +123,9 @@ def _check(arguments: Arguments) -> None:
 
 
 def peft_config(model: ModelConfig) -> Any:
-    """The config of the adapter: ours for `moe_lora`, else PEFT's LoRA."""
-    if isinstance(model, MoeModelConfig) and model.peft_type == "moe_lora":
-        return moe_lora_config(model)
+    """The config of the adapter: one of ours if its type was asked for, else PEFT's LoRA."""
+    if isinstance(model, MoeModelConfig) and model.is_ours:
+        return adapter_config(model)
     return get_peft_config(model)
 
 

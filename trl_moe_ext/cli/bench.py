@@ -27,6 +27,7 @@ PEERS = "frozen,moe_lora,moe_lora_none,moe_lora_off,peft_grouped_mm"
 _PEERS_HELP = (
     "What to compare, separated by commas. frozen: stock transformers, experts not trained; moe_lora; moe_lora_none: "
     "with save_activations none; moe_lora_off: our kernel without an adapter; moe_lora:KERNEL: with another kernel; "
+    "moe_lora_quarter: a quarter of the experts; moe_esft_quarter: their own weights; "
     "peft_grouped_mm: stock PEFT; peft_eager: stock PEFT expert by expert, which takes minutes where there are many. "
     f"[default: {PEERS.replace(',', ', ')}]"
 )

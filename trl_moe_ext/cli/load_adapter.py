@@ -75,7 +75,7 @@ def load_adapter(adapter: Path, base: str, dtype: str, device: str | None) -> tu
     register()  # done already unless autoload is off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what the host libraries have to tell each other
-        model, tokenizer = _load_base(adapter, base, {"dtype": dtype, "device_map": _device_map(device)})
+        model, tokenizer = _load_base(adapter, base, {"dtype": dtype, "device_map": device_map_of(device)})
         try:
             return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
         except SafetensorError as error:  # of stock LoRA; adapters of ours are checked where they are read
@@ -87,7 +87,7 @@ def _load_base(adapter: Path, base: str, options: dict[str, Any]) -> tuple[Any, 
 
     try:
         config = AutoConfig.from_pretrained(base)
-        model = _architecture(config).from_pretrained(base, **options, **_unpacked(config))
+        model = _architecture(config).from_pretrained(base, **options, **unpacked(config))
         own_tokenizer = (adapter / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter if own_tokenizer else base)
     except (OSError, ValueError) as error:
@@ -97,7 +97,7 @@ def _load_base(adapter: Path, base: str, options: dict[str, Any]) -> tuple[Any, 
     return model, tokenizer
 
 
-def _device_map(device: str | None) -> Any:
+def device_map_of(device: str | None) -> Any:
     import torch
 
     if device is None:
@@ -117,7 +117,7 @@ def _architecture(config: Any) -> Any:
     return getattr(transformers, name, transformers.AutoModelForCausalLM)
 
 
-def _unpacked(config: Any) -> dict[str, Any]:
+def unpacked(config: Any) -> dict[str, Any]:
     """Experts in MXFP4 were trained unpacked, and an adapter fits them only so."""
     from transformers import Mxfp4Config
 

@@ -13,6 +13,7 @@ from trl_moe_ext.cli.async_grpo import CONTEXT, async_grpo
 from trl_moe_ext.cli.bench import bench
 from trl_moe_ext.cli.inspect import inspect
 from trl_moe_ext.cli.plugins import plugins
+from trl_moe_ext.cli.profile import profile
 from trl_moe_ext.cli.report import report
 from trl_moe_ext.cli.upcycle import upcycle
 from trl_moe_ext.errors import MoeExtError
@@ -48,6 +49,7 @@ app.command(context_settings=CONTEXT)(async_grpo)
 app.add_typer(bench)
 app.command()(inspect)
 app.command()(plugins)
+app.command()(profile)
 app.command()(report)
 app.command()(upcycle)
 

@@ -40,7 +40,7 @@ def give_factors(skeleton: PeftModel, state: Mapping[str, Tensor]) -> None:
 
     PEFT's own `set_peft_model_state_dict` takes factors to the device of their layer, where they would lose theirs.
     """
-    named = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", key): tensor for key, tensor in state.items()}
+    named = {re.sub(r"\.lora_(A|B|selected)\.", r".lora_\1.default.", key): tensor for key, tensor in state.items()}
     unknown = skeleton.load_state_dict(named, strict=False, assign=True).unexpected_keys
     assert not unknown, f"{unknown[:3]} have no place"
 

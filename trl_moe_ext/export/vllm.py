@@ -7,6 +7,9 @@ under PEFT's ``base_model.model.``. vLLM knows one scaling, ``lora_alpha / r`` o
 rank up to its ``--max-lora-rank``. So the config has the largest rank and the scaling of the experts, and layers with
 another scaling have the difference in their B. Patterns of ranks and scalings, which newer versions read and older
 ones pass over in silence, are not used.
+
+It stacks the factors of all experts of a module: experts that are not adapted have zeros, and where ranks differ
+zeros fill them up to the largest.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,10 @@ from torch import Tensor
 
 from trl_moe_ext._version import __version__
 from trl_moe_ext.errors import AdapterFileError
+from trl_moe_ext.experts.layout import Projection
 from trl_moe_ext.export.skeleton import adapted_skeleton, give_factors
 from trl_moe_ext.export.vllm_check import verify_export
-from trl_moe_ext.export.vllm_layers import AdaptedLayers, read_layers, split_rows
+from trl_moe_ext.export.vllm_layers import AdaptedLayers, AdaptedStack, read_layers, split_rows
 from trl_moe_ext.files import write_atomically
 
 __all__ = ["VllmAdapterWriter", "convert_adapter", "export_adapter"]
@@ -153,6 +158,7 @@ class VllmAdapterWriter:
                 problems.append(f"{key} is {tuple(state[key].shape)} instead of {expected[key]}")
             elif not torch.isfinite(state[key]).all():
                 problems.append(f"{key} holds NaN or infinite values")
+        problems += self._other_experts(state)
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise AdapterFileError(
@@ -166,25 +172,49 @@ class VllmAdapterWriter:
         for path, scaling in layers.linears.items():
             name = layers.names.linears[path]
             yield f"{name}.lora_A", state[f"{_PREFIX}{path}.lora_A.weight"].clone()
-            yield f"{name}.lora_B", _scaled(state[f"{_PREFIX}{path}.lora_B.weight"], scaling / layers.scaling)
-        for path, (layout, scaling) in layers.experts.items():
-            for projection in layout.projections:
-                A = state.get(f"{_PREFIX}{path}.lora_A.{projection.name}")
-                B = state.get(f"{_PREFIX}{path}.lora_B.{projection.name}")
-                if A is None or B is None:
-                    # vLLM wants all projections of an expert that it adapts: this one is adapted by nothing.
-                    A = torch.zeros(layout.num_experts, 1, projection.in_features)
-                    B = torch.zeros(layout.num_experts, projection.out_features, 1)
-                for part, rows in split_rows(B, projection, layout):
-                    for expert in range(layout.num_experts):
+            B = _scaled(state[f"{_PREFIX}{path}.lora_B.weight"], scaling / layers.scaling)
+            yield f"{name}.lora_B", B.clone(memory_format=torch.contiguous_format)
+        for path, stack in layers.experts.items():
+            for projection in stack.layout.projections:
+                A, B = self._of_all_experts(state, path, stack, projection)
+                for part, rows in split_rows(B, projection, stack.layout):
+                    for expert in range(stack.layout.num_experts):
                         name = layers.names.experts[path, expert, part]
                         yield f"{name}.lora_A", A[expert].clone()
-                        yield f"{name}.lora_B", _scaled(rows[expert], scaling / layers.scaling)
+                        yield f"{name}.lora_B", rows[expert].clone(memory_format=torch.contiguous_format)
+
+    def _of_all_experts(
+        self, state: Mapping[str, Tensor], path: str, stack: AdaptedStack, projection: Projection
+    ) -> tuple[Tensor, Tensor]:
+        """``(E, r, in)`` and ``(E, out, r)``, with zeros where nothing is adapted, and up to the largest rank."""
+        found = []
+        for rank_class, scaling in stack.classes:
+            A, B = (state.get(f"{_PREFIX}{path}.lora_{side}.{rank_class.factors_of(projection)}") for side in "AB")
+            if A is not None and B is not None:
+                found.append((stack.experts_of(rank_class), A, _scaled(B, scaling / self._layers.scaling)))
+        E, rows, columns = stack.layout.num_experts, projection.out_features, projection.in_features
+        if not found:
+            return torch.zeros(E, 1, columns), torch.zeros(E, rows, 1)
+        all_a = torch.zeros(E, stack.rank, columns, dtype=found[0][1].dtype)
+        all_b = torch.zeros(E, rows, stack.rank, dtype=reduce(torch.promote_types, (B.dtype for *_, B in found)))
+        for experts, A, B in found:
+            all_a[experts, : A.shape[1]] = A.cpu()
+            all_b[experts, :, : B.shape[2]] = B.to("cpu", all_b.dtype)
+        return all_a, all_b
+
+    def _other_experts(self, state: Mapping[str, Tensor]) -> list[str]:
+        """What the file says of the experts that its factors are of, where the model has others."""
+        return [
+            f"{key} is {state[key].tolist()} instead of {[*experts]}"
+            for path, stack in self._layers.experts.items()
+            for name, experts in stack.indices.items()
+            if (key := f"{_PREFIX}{path}.{name}") in state and state[key].tolist() != [*experts]
+        ]
 
 
 def _scaled(B: Tensor, factor: float) -> Tensor:
-    """In the memory of its own that a file wants; in float32 if numbers change, so that nothing is rounded twice."""
-    return B.clone(memory_format=torch.contiguous_format) if factor == 1 else B.float() * factor
+    """In float32 if numbers change, so that nothing is rounded twice."""
+    return B if factor == 1 else B.float() * factor
 
 
 def _saved_with() -> str:

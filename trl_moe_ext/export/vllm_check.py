@@ -6,7 +6,7 @@ the product of the layer's own factors, one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from trl_moe_ext.experts.layout import ExpertsLayout
 from trl_moe_ext.export.hub_names import parts_of
 from trl_moe_ext.export.vllm_decoder import iter_deltas
 from trl_moe_ext.export.vllm_layers import AdaptedLayers, read_layers
+from trl_moe_ext.kernels.lora_linear import LowRank
 
 __all__ = ["verify_export"]
 
@@ -73,20 +74,27 @@ def _factors(model: PeftModel, adapter_name: str, layers: AdaptedLayers) -> Iter
         layer = base.get_submodule(path)
         A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         yield layers.names.linears[path], (A, B, layer.scaling[adapter_name])
-    for path, (layout, _) in layers.experts.items():
+    for path, stack in layers.experts.items():
         layer = base.get_submodule(path)
-        for projection in layout.projections:
-            A = getattr(layer.lora_A[adapter_name], projection.name, None)
-            B = getattr(layer.lora_B[adapter_name], projection.name, None)
-            parts = parts_of(projection, layout)
-            for expert in range(layout.num_experts):
+        for projection in stack.layout.projections:
+            updates = dict(_of_experts(layer.updates(adapter_name, projection), stack.layout.num_experts))
+            parts = parts_of(projection, stack.layout)
+            for expert in range(stack.layout.num_experts):
                 for position, part in enumerate(parts):
                     name = layers.names.experts[path, expert, part]
-                    if A is None or B is None:
+                    if expert not in updates:
                         yield name, None
                     else:
-                        rows = _rows(projection.out_features, position, len(parts), layout)
-                        yield name, (A[expert], B[expert, rows], layer.scaling[adapter_name])
+                        A, B, scaling = updates[expert]
+                        yield name, (A, B[_rows(projection.out_features, position, len(parts), stack.layout)], scaling)
+
+
+def _of_experts(updates: Iterable[LowRank], num_experts: int) -> Iterator[tuple[int, tuple[Tensor, Tensor, float]]]:
+    """Adapted expert -> its factors and scaling."""
+    for update in updates:
+        experts = range(num_experts) if update.selected is None else update.selected.experts
+        for expert, A, B in zip(experts, update.A, update.B, strict=True):
+            yield expert, (A, B, update.scaling)
 
 
 def _rows(out_features: int, position: int, count: int, layout: ExpertsLayout) -> slice:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 
 from trl_moe_ext.errors import AdapterFileError, ConfigError
 from trl_moe_ext.hosts.seams import find_seam
+from trl_moe_ext.hosts.tuner_types import OUR_TYPES
 
 __all__ = ["install"]
 
-OUR_TYPES = ("MOE_LORA",)
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 
@@ -118,7 +118,7 @@ def _complete_adapters(load: Any) -> Any:
             info = load(self, peft_model_id, adapter_name, *args, **kwargs)
         name = adapter_name or "default"
         if self.peft_config[name].peft_type in OUR_TYPES:
-            from trl_moe_ext.tuners.moe_lora.adapter_files import check_loaded, fill_in
+            from trl_moe_ext.tuners.adapter_files import check_loaded, fill_in
 
             missing = set(info.missing_keys)
             if missing and peft_model_id:

@@ -1,4 +1,4 @@
-"""PEFT: the adapter type `PeftType.MOE_LORA`, and its registration.
+"""PEFT: the members `PeftType.MOE_LORA` and `PeftType.MOE_ESFT`, and the registration of their tuners.
 
 PEFT keys its registry by members of the enum `PeftType` and reads the type of a saved adapter with
 `PeftType(config["peft_type"])`, so a new method needs a genuine member.
@@ -8,43 +8,58 @@ from __future__ import annotations
 
 import enum
 import sys
+from importlib import import_module
 
 from trl_moe_ext._autoload import when_complete
 from trl_moe_ext.hosts import adapter_files
 from trl_moe_ext.hosts.seams import find_seam, missing_seam
+from trl_moe_ext.hosts.tuner_types import TUNERS
 
 __all__ = ["add_member", "register"]
 
-_TUNER = "trl_moe_ext.tuners.moe_lora"
-
 
 def register() -> None:
-    """Make MOE_LORA known to PEFT; a second call does nothing.
+    """Make our adapter types known to PEFT; a second call does nothing.
 
-    If this runs because the tuner itself was imported first, and with it PEFT, its classes are registered when that
-    import is complete.
+    If this runs because a module of ours was imported first, and with it PEFT, the classes are registered when that
+    import is complete: until then the tuners might find parts of each other missing.
 
     Raises:
         HostVersionError: PEFT does not keep its types and methods where we know them.
     """
-    # The member comes first: the tuner's modules may name it.
-    add_member(find_seam("peft.utils.peft_types:PeftType"), "MOE_LORA")
-    if _TUNER in sys.modules:
-        when_complete(_TUNER, _register_method)
+    peft_types = find_seam("peft.utils.peft_types:PeftType")
+    # The members come first: the tuners' modules may name them.
+    for tuner in TUNERS:
+        add_member(peft_types, tuner.peft_type)
+    first = _first_under_way()
+    if first is not None:
+        when_complete(first, _register_methods)
     else:
-        _register_method()
+        _register_methods()
 
 
-def _register_method() -> None:
+def _first_under_way() -> str | None:
+    """The first module of this package whose import has begun and not ended."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("trl_moe_ext.") and getattr(getattr(module, "__spec__", None), "_initializing", False):
+            return name
+    return None
+
+
+def _register_methods() -> None:
     register_peft_method = find_seam(
         "peft.utils.peft_types:register_peft_method", parameters=("name", "config_cls", "model_cls", "prefix")
     )
     methods = find_seam("peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING")
-    from trl_moe_ext.tuners.moe_lora import MoeLoraConfig, MoeLoraModel
-
-    if "MOE_LORA" not in methods:
-        # PEFT finds adapter weights by the prefix. It is LoRA's, as AdaLoRA's is.
-        register_peft_method(name="moe_lora", config_cls=MoeLoraConfig, model_cls=MoeLoraModel, prefix="lora_")
+    for tuner in TUNERS:
+        package = import_module(tuner.package)
+        if tuner.peft_type not in methods:
+            register_peft_method(
+                name=tuner.option,
+                config_cls=getattr(package, tuner.config),
+                model_cls=getattr(package, tuner.model),
+                prefix=tuner.prefix,
+            )
     adapter_files.install()
 
 

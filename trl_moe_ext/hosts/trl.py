@@ -60,10 +60,10 @@ def install_peft_config() -> None:
     @functools.wraps(stock)
     def get_peft_config(model_args: Any) -> Any:
         from trl_moe_ext.hosts.trl_arguments import MoeModelConfig
-        from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
+        from trl_moe_ext.hosts.trl_peft_config import adapter_config
 
-        if isinstance(model_args, MoeModelConfig) and model_args.peft_type == "moe_lora":
-            return moe_lora_config(model_args)
+        if isinstance(model_args, MoeModelConfig) and model_args.is_ours:
+            return adapter_config(model_args)
         return stock(model_args)
 
     get_peft_config.trl_moe_ext = True  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def install_peft_config() -> None:
 def _completed(stock: Any) -> Any:
     @functools.wraps(stock)
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
-        from trl_moe_ext.hosts.adapter_files import OUR_TYPES
+        from trl_moe_ext.hosts.tuner_types import OUR_TYPES
 
         forward = model.forward
         stock(model, *args, **kwargs)
@@ -93,7 +93,7 @@ def _completed(stock: Any) -> Any:
 
 
 def add_run_summary() -> None:
-    """Called after a parse that asked for moe_lora: the trainer that a TRL script builds will report at its end.
+    """The trainer that a TRL script builds reports at its end; called after a parse that asked for an adapter of ours.
 
     Only in the process of the script: nobody's own Python session gets a callback that was not asked for.
     """
@@ -113,7 +113,7 @@ def add_run_summary() -> None:
 
 
 def use_moe_sft_trainer() -> None:
-    """Called after a parse that asked for moe_lora: the script `sft` will build a `MoeSFTTrainer`.
+    """The script `sft` builds a `MoeSFTTrainer`; called after a parse that asked for an adapter of ours.
 
     Only in the process of that script, which takes the name from `trl` when it needs it; nobody's own Python session
     gets another trainer than it asked for.

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl.trainer.model_config import ModelConfig
 
 from trl_moe_ext.errors import ConfigError, near_matches
+from trl_moe_ext.hosts.tuner_types import TUNERS
 
-__all__ = ["CONFIG_FIELDS", "PEFT_TYPES", "MoeModelConfig"]
+__all__ = ["CONFIG_FIELDS", "MOE_TYPES", "PEFT_TYPES", "MoeModelConfig", "without_our_adapter"]
 
-PEFT_TYPES = ("lora", "moe_lora")
+MOE_TYPES = tuple(tuner.option for tuner in TUNERS)
+PEFT_TYPES = ("lora", *MOE_TYPES)
 
-# Option -> field of MoeLoraConfig. An option that is not given leaves the field at the tuner's own default.
+# Option -> field of the tuner's config. An option that is not given leaves the field at the tuner's own default.
 CONFIG_FIELDS = {
     "moe_target": "moe_target",
     "moe_expert_r": "expert_r",
     "moe_expert_alpha": "expert_alpha",
+    "moe_expert_rank": "expert_rank",
     "moe_expert_projections": "expert_projections",
+    "moe_expert_selection": "expert_selection",
+    "moe_expert_coverage": "expert_coverage",
+    "moe_experts_per_layer": "experts_per_layer",
+    "moe_expert_score": "expert_score",
     "moe_kernel": "kernel",
     "moe_save_activations": "save_activations",
     "moe_layers_to_transform": "layers_to_transform",
@@ -26,6 +35,17 @@ CONFIG_FIELDS = {
     "moe_router_bias": "router_bias",
     "router_mode": "router_mode",
 }
+# What has no meaning where the weights themselves are trained -> what to do instead.
+_NOT_WITH_ESFT = {
+    **dict.fromkeys(("moe_expert_r", "moe_expert_alpha", "moe_expert_rank"), "there is no rank"),
+    **dict.fromkeys(("moe_kernel", "moe_save_activations"), "it has one implementation"),
+    "moe_router_bias": "balance the experts by --router_aux_loss_coef",
+    "router_mode": "to train the routers name them in --lora_modules_to_save",
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_target_parameters"), "it is for low-rank adapters"),
+}
+# TRL always has a value for these, so one that is given can be told from none by its difference alone.
+_IGNORED_BY_ESFT = ("lora_r", "lora_alpha", "lora_dropout")
+_DEFAULTS = {option.name: option.default for option in fields(ModelConfig)}
 
 
 @dataclass
@@ -40,15 +60,17 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "Adapter to train, implies --use_peft: 'lora' is PEFT's LoRA, the same as --use_peft alone; "
-            "'moe_lora' is LoRA on the routed experts of a mixture-of-experts model and on its attention.",
+            "'moe_lora' is LoRA on the routed experts of a mixture-of-experts model and on its attention; 'moe_esft' "
+            "trains the weights of chosen experts themselves, see --moe_expert_selection.",
             "metavar": "{" + ",".join(PEFT_TYPES) + "}",
         },
     )
     moe_target: list[str] | None = field(
         default=None,
         metadata={
-            "help": "moe_lora: what to adapt, any of 'experts', 'attention', 'shared_experts', 'dense_mlp', 'router'; "
-            "experts and attention if not given. Single Linears are chosen with --lora_target_modules.",
+            "help": "moe_lora, moe_esft: what to adapt, any of 'experts', 'attention', 'shared_experts', 'dense_mlp', "
+            "'router'; if not given experts and attention, with moe_esft experts alone. Single Linears are chosen "
+            "with --lora_target_modules.",
         },
     )
     moe_expert_r: int | None = field(
@@ -61,11 +83,46 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
             "alpha / sqrt(rank) with --use_rslora."
         },
     )
+    moe_expert_rank: str | None = field(
+        default=None,
+        metadata={
+            "help": "moe_lora: ranks of the routed experts: 'uniform' (if not given), or 'by_share', more for those "
+            "that the data uses more, with the rank as their mean. Takes a profile as --moe_expert_selection.",
+            "metavar": "{uniform,by_share}",
+        },
+    )
     moe_expert_projections: str | None = field(
         default=None,
         metadata={
-            "help": "moe_lora: which projections of the routed experts to adapt; both if not given.",
+            "help": "moe_lora, moe_esft: which projections of the routed experts to adapt; both if not given.",
             "metavar": "{both,gate_up,down}",
+        },
+    )
+    moe_expert_selection: str | None = field(
+        default=None,
+        metadata={
+            "help": "moe_lora, moe_esft: which routed experts to train: 'all', or 'profile:FILE' with a file of "
+            "`trl-moe profile`, which takes --moe_expert_coverage or --moe_experts_per_layer. All if not given; "
+            "moe_esft has to be told.",
+            "metavar": "{all,profile:FILE}",
+        },
+    )
+    moe_expert_coverage: float | None = field(
+        default=None,
+        metadata={
+            "help": "moe_lora, moe_esft: of a profile, the fewest experts of each layer to which this part of the "
+            "tokens goes, above 0 and at most 1."
+        },
+    )
+    moe_experts_per_layer: int | None = field(
+        default=None, metadata={"help": "moe_lora, moe_esft: of a profile, so many experts of each layer."}
+    )
+    moe_expert_score: str | None = field(
+        default=None,
+        metadata={
+            "help": "moe_lora, moe_esft: what of a profile the experts are ordered by: 'token_share' (if not given), "
+            "the part of the tokens, or 'gate_score', the mean weight.",
+            "metavar": "{token_share,gate_score}",
         },
     )
     moe_kernel: str | None = field(
@@ -86,11 +143,15 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
     )
     moe_layers_to_transform: list[int] | None = field(
         default=None,
-        metadata={"help": "moe_lora: indices of the decoder layers to adapt, from 0; all layers if not given."},
+        metadata={
+            "help": "moe_lora, moe_esft: indices of the decoder layers to adapt, from 0; all layers if not given."
+        },
     )
     moe_exclude_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "moe_lora: names of modules that stay frozen, or one regular expression for full names."},
+        metadata={
+            "help": "moe_lora, moe_esft: names of modules that stay frozen, or one regular expression for full names."
+        },
     )
     moe_router_bias: bool = field(
         default=False,
@@ -121,23 +182,45 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
         self._check_use()
         self._check_ranges()
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether an adapter type of this package was asked for."""
+        return self.peft_type in MOE_TYPES
+
     def as_stock(self) -> ModelConfig:
         """The same arguments without our fields, for code that is to behave as if we were not installed."""
         return ModelConfig(**{option.name: getattr(self, option.name) for option in fields(ModelConfig)})
 
     def _check_use(self) -> None:
-        # A flag that is off asks for nothing; a zero does.
-        given = [f"--{n}" for n in CONFIG_FIELDS if getattr(self, n) is not None and getattr(self, n) is not False]
-        if given and self.peft_type != "moe_lora":
-            found = f"--peft_type is {self.peft_type}" if self.peft_type else "--peft_type is not given"
-            raise ConfigError(
-                f"{', '.join(given)}: no effect, because {found}; use --peft_type moe_lora, or leave "
-                f"{'it' if len(given) == 1 else 'them'} out"
-            )
-        if self.peft_type == "moe_lora" and self.use_dora:
+        if not self.is_ours:
+            given = [f"--{name}" for name in CONFIG_FIELDS if self._is_given(name)]
+            if given:
+                raise ConfigError(without_our_adapter(given, self.peft_type))
+        elif self.peft_type == "moe_esft":
+            self._check_esft()
+        elif self.use_dora:
             raise ConfigError(
                 "--use_dora has no meaning on routed experts; leave it out, or use --peft_type lora without --moe_*"
             )
+
+    def _check_esft(self) -> None:
+        for name, remedy in _NOT_WITH_ESFT.items():
+            if self._is_given(name):
+                raise ConfigError(
+                    f"--{name} has no effect with --peft_type moe_esft, which trains the weights themselves "
+                    f"({remedy}); leave it out, or use --peft_type moe_lora"
+                )
+        ignored = [f"--{name}" for name in _IGNORED_BY_ESFT if getattr(self, name) != _DEFAULTS[name]]
+        if ignored:
+            warnings.warn(
+                f"{', '.join(ignored)}: no effect with --peft_type moe_esft, which trains the weights themselves",
+                stacklevel=2,
+            )
+
+    def _is_given(self, name: str) -> bool:
+        # A flag that is off asks for nothing; a zero does.
+        value = getattr(self, name)
+        return value is not None and value is not False
 
     def _check_ranges(self) -> None:
         if self.peft_type is None:
@@ -146,6 +229,11 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
             rank = getattr(self, name)
             if rank is not None and not _is_int(rank, minimum=1):
                 raise ConfigError(f"--{name} is {rank!r}, which is not a rank; use a whole number of at least 1")
+        if self.moe_expert_selection is not None and not isinstance(self.moe_expert_selection, str):
+            raise ConfigError(
+                f"--moe_expert_selection is {self.moe_expert_selection!r}; use 'all', or 'profile:FILE' with a "
+                "file of `trl-moe profile`"
+            )
         alpha = self.moe_expert_alpha
         if alpha is not None and not (isinstance(alpha, int | float) and alpha > 0):
             raise ConfigError(f"--moe_expert_alpha is {alpha!r}, but has to be a number above 0")
@@ -156,6 +244,15 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
             words = getattr(self, name)
             if words is not None and not (words and all(isinstance(word, str) for word in words)):
                 raise ConfigError(f"--{name} is {words!r}; use one or more names, or leave it out")
+
+
+def without_our_adapter(given: Sequence[str], peft_type: str | None) -> str:
+    """The message for options of ours that nobody would read."""
+    found = f"--peft_type is {peft_type}" if peft_type else "--peft_type is not given"
+    return (
+        f"{', '.join(given)}: no effect, because {found}; use --peft_type moe_lora, or leave "
+        f"{'it' if len(given) == 1 else 'them'} out"
+    )
 
 
 def _known_peft_type(given: Any) -> str:

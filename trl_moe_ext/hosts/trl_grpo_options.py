@@ -28,7 +28,7 @@ MOST_AT_ONCE_CPU = 64
 
 
 def bound_cache(script: str | None) -> None:
-    """Called after a parse that asked for moe_lora: the script will build a trainer whose cache has the right size.
+    """The script builds a trainer with a cache of the right size; called after a parse that asked for our adapter.
 
     Args:
         script: name of the TRL script that this process runs; nothing happens for those that do not generate.

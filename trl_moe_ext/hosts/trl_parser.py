@@ -15,7 +15,7 @@ from trl_moe_ext.hosts import trl as host
 from trl_moe_ext.hosts import trl_grpo_options as grpo_options
 from trl_moe_ext.hosts import trl_sft_options as sft_options
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
-from trl_moe_ext.hosts.trl_peft_config import moe_lora_config
+from trl_moe_ext.hosts.trl_peft_config import adapter_config
 
 __all__ = ["MoeTrlParser"]
 
@@ -92,8 +92,8 @@ def _settle(parsed: Any) -> Any:
     """Turn arguments that are not for us back into TRL's own, and check the others as the trainer will."""
     if not isinstance(parsed, MoeModelConfig):
         return parsed
-    if parsed.peft_type != "moe_lora":
+    if not parsed.is_ours:
         return parsed.as_stock()
-    moe_lora_config(parsed)
+    adapter_config(parsed)
     host.install_peft_config()  # done already, or TRL would train plain LoRA with these arguments
     return parsed

@@ -1,33 +1,52 @@
-"""From TRL's command-line arguments to a `MoeLoraConfig`."""
+"""From TRL's command-line arguments to the configuration of an adapter of this package."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trl_moe_ext.errors import ConfigError, PluginError
 from trl_moe_ext.hosts.peft import register
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
+from trl_moe_ext.hosts.tuner_types import TUNERS
 from trl_moe_ext.plugins import host
 
 if TYPE_CHECKING:
-    from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
+    from trl_moe_ext.tuners.targets.options import TargetOptions
 
-__all__ = ["moe_lora_config"]
+__all__ = ["adapter_config"]
+
+# A field of a config in a message, and not the option of the command line that is called the same.
+_FIELD = re.compile(r"(?<![\w-])(" + "|".join(name for name in CONFIG_FIELDS.values() if "_" in name) + r")(?!\w)")
+_OPTION_OF = {name: option for option, name in CONFIG_FIELDS.items()}
 
 
-def moe_lora_config(model_args: MoeModelConfig) -> MoeLoraConfig:
-    """What `trl.get_peft_config` returns for `--peft_type moe_lora`: the `--lora_*` options, then the `--moe_*` ones.
+def adapter_config(model_args: MoeModelConfig) -> TargetOptions:
+    """What `trl.get_peft_config` returns for an adapter of ours: the `--lora_*` options, then the `--moe_*` ones.
 
     Raises:
-        ConfigError: an option, or a combination of options, that `MoeLoraConfig` refuses.
-        HostVersionError: PEFT is not one that MOE_LORA can be registered with.
+        ConfigError: an option, or a combination of options, that the configuration of the adapter refuses, or a
+            profile that cannot be read.
+        HostVersionError: PEFT is not one that our types can be registered with.
     """
     register()  # done already unless autoload is off
-    from trl_moe_ext.tuners.moe_lora import MoeLoraConfig
-
     if model_args.moe_kernel is not None:
         _check_kernel(model_args.moe_kernel)
+    tuner = next(tuner for tuner in TUNERS if tuner.option == model_args.peft_type)
+    config_cls = getattr(import_module(tuner.package), tuner.config)
+    known = {option.name for option in fields(config_cls)}
+    options = {name: value for name, value in _options(model_args).items() if name in known}
+    try:
+        config: TargetOptions = config_cls(**options)
+    except ValueError as error:  # ours, and those of PEFT on options that contradict each other
+        raise ConfigError(_in_words_of_the_command(str(error))) from error
+    _check_profile(config)
+    return config
+
+
+def _options(model_args: MoeModelConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "task_type": model_args.lora_task_type,
         "r": model_args.lora_r,
@@ -44,11 +63,7 @@ def moe_lora_config(model_args: MoeModelConfig) -> MoeLoraConfig:
         value = getattr(model_args, option)
         if value is not None:
             options[name] = value
-    options["exclude_modules"] = _names_or_pattern(model_args.moe_exclude_modules)
-    try:
-        return MoeLoraConfig(**options)
-    except ValueError as error:  # ours, and those of LoraConfig on options that contradict each other
-        raise ConfigError(str(error)) from error
+    return options | {"exclude_modules": _names_or_pattern(model_args.moe_exclude_modules)}
 
 
 def _check_kernel(name: str) -> None:
@@ -57,6 +72,19 @@ def _check_kernel(name: str) -> None:
         host().lookup("register_kernels", name)
     except PluginError as error:
         raise ConfigError(f"--moe_kernel {name} is unknown: {error}") from error
+
+
+def _check_profile(config: TargetOptions) -> None:
+    """The tuner reads the profile when it has the model, which it compares it with."""
+    if config.profile_path is not None:
+        from trl_moe_ext.profiles.profile import ExpertProfile
+
+        ExpertProfile.load(config.profile_path)
+
+
+def _in_words_of_the_command(message: str) -> str:
+    """``expert_coverage=2`` as ``--moe_expert_coverage=2``, which is what was typed."""
+    return _FIELD.sub(lambda found: f"--{_OPTION_OF[found[1]]}", message)
 
 
 def _names_or_pattern(names: str | list[str] | None) -> str | list[str] | None:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.hosts.trl_arguments import MOE_TYPES, without_our_adapter
 
 __all__ = ["SftOptions"]
 
@@ -45,16 +46,12 @@ class SftOptions:
         if self._ours is None:
             return types
         peft_type = getattr(namespace, "peft_type", None)
-        if str(peft_type).lower() == "moe_lora":
+        if str(peft_type).lower() in MOE_TYPES:
             return [self._ours if kind is self._stock else kind for kind in types]
         defaults = {option.name: option.default for option in fields(self._ours)}
         given = [f"--{name}" for name in self.names if getattr(namespace, name, defaults[name]) != defaults[name]]
         if given:
-            found = f"--peft_type is {peft_type}" if peft_type else "--peft_type is not given"
-            raise ConfigError(
-                f"{', '.join(given)}: no effect, because {found}; use --peft_type moe_lora, or leave "
-                f"{'it' if len(given) == 1 else 'them'} out"
-            )
+            raise ConfigError(without_our_adapter(given, peft_type))
         for name in self.names:
             namespace.__dict__.pop(name, None)
         return [self._stock if kind is self._ours else kind for kind in types]

@@ -20,9 +20,18 @@ def register_kernels() -> Sequence[Kernel]:
             "one function for the whole MLP, no merged weight and no expert weight gradient",
             fused_experts_mlp,
             chooses_activations=True,
+            takes_selection=True,
         ),
-        Kernel("grouped", "a function for each projection, around the module's own activation", experts_mlp),
         Kernel(
-            "reference", "one expert at a time in plain torch; slow, for checking other kernels", experts_mlp_reference
+            "grouped",
+            "a function for each projection, around the module's own activation",
+            experts_mlp,
+            takes_selection=True,
+        ),
+        Kernel(
+            "reference",
+            "one expert at a time in plain torch; slow, for checking other kernels",
+            experts_mlp_reference,
+            takes_selection=True,
         ),
     )

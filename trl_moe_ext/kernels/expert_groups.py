@@ -5,7 +5,8 @@ Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts; a gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from trl_moe_ext.kernels.dispatch import Dispatch
 _ROWS = 512
 # Rows of an expert from which its rank-sized products are faster in bfloat16 than in float32.
 _MANY = 16
+# An expert: its size, its own rows, its index.
+_Sized = tuple[int, int, int]
 
 
 class ExpertGroup(NamedTuple):
@@ -57,19 +60,25 @@ def bound_of_rows(rows: int) -> int:
     return 2 * rows
 
 
-def group_experts(dispatch: Dispatch, dtype: torch.dtype) -> list[ExpertGroup]:
+def group_experts(
+    dispatch: Dispatch, dtype: torch.dtype, kinds: Sequence[Hashable] | None = None
+) -> list[ExpertGroup]:
     """The experts that have rows, in groups; the same ones whenever they are asked for.
 
     Args:
         dispatch: the routing.
         dtype: of the large products. In bfloat16 and float16 numbers of rows are rounded up, see `buckets`.
+        kinds: one for each expert: the experts of a group are of one kind. None if all are.
     """
     own = dispatch.counts
     first_row = dispatch.offsets - own
     wide = torch.promote_types(dtype, torch.float32)
     size_of, m_of = (int, int) if dtype == wide else (rounded, coarsely_rounded)
+    of_kind: dict[Hashable, list[_Sized]] = {}
+    for sized in sorted((size_of(n), n, expert) for expert, n in enumerate(own.tolist()) if n):
+        of_kind.setdefault(None if kinds is None else kinds[sized[2]], []).append(sized)
     groups, start = [], 0
-    for members, m in _split(sorted((size_of(n), n, expert) for expert, n in enumerate(own.tolist()) if n), m_of):
+    for members, m in chain.from_iterable(_split(alike, m_of) for alike in of_kind.values()):
         sizes, _, experts = (list(column) for column in zip(*members, strict=True))
         chosen, local = torch.tensor(experts), torch.arange(m)
         row = (first_row[chosen, None] + local).clamp_(max=len(dispatch.order) - 1).view(-1)
@@ -87,10 +96,8 @@ def idle_experts(dispatch: Dispatch) -> Tensor:
     return (dispatch.counts == 0).nonzero().view(-1)
 
 
-def _split(
-    experts: list[tuple[int, int, int]], m_of: Callable[[int], int]
-) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
-    """The (size, own rows, expert) of each group and its m, from the largest size down.
+def _split(experts: list[_Sized], m_of: Callable[[int], int]) -> Iterator[tuple[list[_Sized], int]]:
+    """The experts of each group and its m, from the largest size down.
 
     Args:
         experts: in ascending order; used up.

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from trl_moe_ext.kernels.dispatch import Dispatch, combine, sort_by_expert
 from trl_moe_ext.kernels.gates import Gate
-from trl_moe_ext.kernels.lora_linear import LowRank, lora_linear
+from trl_moe_ext.kernels.lora_linear import lora_linear
+from trl_moe_ext.kernels.low_rank import Updates
+
+__all__ = ["ExpertsWeights", "Updates", "experts_mlp", "identity_weight"]
 
 
 class ExpertsWeights(NamedTuple):
@@ -39,9 +42,6 @@ class ExpertsWeights(NamedTuple):
     weights_on_input: bool = False
     identity_experts: int = 0
     closed_form: Gate | None = None
-
-
-Updates = tuple[LowRank, ...]
 
 
 def experts_mlp(

@@ -2,7 +2,7 @@
 
 Nothing here reads a number from the device: shapes follow from T and K alone, whatever the routing.
 
-Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, H hidden, I intermediate, r rank.
+Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_moe_ext.kernels.dispatch import Dispatch
-from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Gradients, Kept
-from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm, grouped_outer
-from trl_moe_ext.kernels.lora_linear import LowRank
-from trl_moe_ext.kernels.row_ops import add_low_rank, combine, gated, gated_backward, weight_gradient
+from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Gradients, Kept, PairsOfFactors
+from trl_moe_ext.kernels.grouped import grouped_mm
+from trl_moe_ext.kernels.grouped_update import GroupedUpdate
+from trl_moe_ext.kernels.row_ops import combine, gated, gated_backward, weight_gradient
 
 
 def forward(
@@ -26,13 +26,13 @@ def forward(
     Args:
         hidden: ``(T, H)`` in the dtype of the frozen weights.
         weights: ``(T, K)`` routing weights, in their own dtype.
-        factors: of the up and the down projection; None where there is no update.
+        factors: of the up and the down projection.
         keep: also the first projection's output, which is computed again otherwise.
 
     Returns:
         ``(T, H)`` in the dtype of `hidden`, and tensors whose shapes do not depend on the routing.
     """
-    up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
+    up, down = (GroupedUpdate(f, dispatch, hidden) if f else None for f in factors)
     h, u_up = _first_projection(hidden, weights, frozen, up, None, dispatch)
     a = gated(frozen.gate, h)
     u_down = hidden.new_empty(0) if down is None else down.u(a)
@@ -71,12 +71,13 @@ def backward(
         That of `hidden` in its dtype, of `weights` in float32 or wider, of the factors in theirs.
     """
     on_output = not frozen.weights_on_input
-    up, down = (None if f is None else _Update(f, dispatch, hidden) for f in factors)
+    up, down = (GroupedUpdate(f, dispatch, hidden) if f else None for f in factors)
     h = kept.h if kept.h.numel() else _first_projection(hidden, weights, frozen, up, kept.up, dispatch)[0]
     d_h, d_w, d_down = _through_down(grad, h, weights, kept, frozen, down, dispatch)
     del h
 
-    d_up = d_hidden = None
+    d_up: PairsOfFactors = ()
+    d_hidden = None
     if up is not None:
         v = up.v(d_h)
         d_B = up.dB(d_h, kept.up)
@@ -91,7 +92,7 @@ def backward(
             d_hidden = combine(dx, None if on_output else weights, dispatch)
         del dx
     if up is not None:
-        d_up = up.dA(v, _inputs(hidden, weights, frozen, dispatch)), d_B
+        d_up = (*zip(up.dA(v, _inputs(hidden, weights, frozen, dispatch)), d_B, strict=True),)
 
     assert d_w is not None  # it is on the output or on the input
     d_weights = d_w[dispatch.position].view(weights.shape)
@@ -106,9 +107,9 @@ def _through_down(
     weights: Tensor,
     kept: Kept,
     frozen: Frozen,
-    down: _Update | None,
+    down: GroupedUpdate | None,
     dispatch: Dispatch,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor | None, PairsOfFactors]:
     """Back through the second projection and the activation.
 
     Returns:
@@ -125,48 +126,9 @@ def _through_down(
         d_B = down.dB(g, kept.down if w is None else (kept.down * w).to(g.dtype))
     del g
     d_h, a, d_w = gated_backward(frozen.gate, h, d_a, w, dispatch)
-    return d_h, d_w, None if down is None else (down.dA(v if w is None else v.mul_(w), a), d_B)
-
-
-class _Update:
-    """One projection's low-rank update, on all rows, in their dtype; every method is a line of these formulas.
-
-    For rows x, the gradient g of the projection's output, scaling s and dropout m, as in `lora_linear`:
-    ``u = s A (m.x)``, ``y += B u``, ``v = s B^T g``, ``dx += m.(A^T v)``, ``dA = v (m.x)^T``, ``dB = g u^T``.
-    """
-
-    def __init__(self, factors: LowRank, dispatch: Dispatch, like: Tensor) -> None:
-        self._factors, self._dispatch, self._rank = factors, dispatch, factors.A.shape[1]
-        self._A, self._B = factors.A.to(like.dtype), factors.B.to(like.dtype)
-        # Zeros in place of the ranks that the device's products need in addition change no result.
-        missing = aligned_rank(self._rank, like) - self._rank
-        if missing:
-            self._A, self._B = F.pad(self._A, (0, 0, 0, missing)), F.pad(self._B, (0, missing))
-
-    def u(self, x: Tensor) -> Tensor:
-        return _product(self._dropped(x), self._A.mT, self._dispatch).mul_(self._factors.scaling)
-
-    def add_y(self, rows: Tensor, u: Tensor) -> None:
-        add_low_rank(rows, u, self._B.mT, self._dispatch)
-
-    def v(self, g: Tensor) -> Tensor:
-        return _product(g, self._B, self._dispatch).mul_(self._factors.scaling)
-
-    def add_dx(self, rows: Tensor, v: Tensor) -> None:
-        if self._factors.seed is None:
-            add_low_rank(rows, v, self._A, self._dispatch)
-        else:
-            rows += self._dropped(_product(v, self._A, self._dispatch))
-
-    def dA(self, v: Tensor, x: Tensor) -> Tensor:  # noqa: N802
-        dA = grouped_outer(v, self._dropped(x), self._dispatch.offsets)
-        return dA[:, : self._rank].to(self._factors.A.dtype)
-
-    def dB(self, g: Tensor, u: Tensor) -> Tensor:  # noqa: N802
-        return grouped_outer(g, u, self._dispatch.offsets)[..., : self._rank].to(self._factors.B.dtype)
-
-    def _dropped(self, rows: Tensor) -> Tensor:
-        return self._factors.dropped(rows, self._dispatch.order)
+    if down is None:
+        return d_h, d_w, ()
+    return d_h, d_w, (*zip(down.dA(v if w is None else v.mul_(w), a), d_B, strict=True),)
 
 
 def _inputs(hidden: Tensor, weights: Tensor, frozen: Frozen, dispatch: Dispatch) -> Tensor:
@@ -176,7 +138,7 @@ def _inputs(hidden: Tensor, weights: Tensor, frozen: Frozen, dispatch: Dispatch)
 
 
 def _first_projection(
-    hidden: Tensor, weights: Tensor, frozen: Frozen, up: _Update | None, u: Tensor | None, dispatch: Dispatch
+    hidden: Tensor, weights: Tensor, frozen: Frozen, up: GroupedUpdate | None, u: Tensor | None, dispatch: Dispatch
 ) -> tuple[Tensor, Tensor]:
     """The output of the first projection and the rank-sized u in it, which is computed unless given."""
     x = _inputs(hidden, weights, frozen, dispatch)

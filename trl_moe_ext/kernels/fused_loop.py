@@ -1,5 +1,7 @@
 """The expert MLP forward and backward on a CPU: one group of experts after the other.
 
+All experts of a group have the same update of each projection, or none: then only the frozen products run.
+
 The two large products of an expert run on its own rows, one expert at a time. All that is small, the gathers, the
 gate and the rank-sized products, runs once for a group. So intermediate results stay in the cache, and no tensor has a
 row for each (token, slot) pair but what is kept for the backward pass.
@@ -17,7 +19,7 @@ from trl_moe_ext.kernels.dispatch import Dispatch
 from trl_moe_ext.kernels.expert_groups import ExpertGroup, bound_of_rows, group_experts, idle_experts
 from trl_moe_ext.kernels.expert_products import ExpertProducts
 from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Gradients, Kept
-from trl_moe_ext.kernels.fused_update import Update
+from trl_moe_ext.kernels.fused_update import ProjectionUpdates, Update
 
 
 def forward(
@@ -29,30 +31,31 @@ def forward(
         hidden: ``(T, H)`` in the dtype of the frozen weights.
         weights: ``(T, K)`` routing weights, in their own dtype.
         frozen: the experts.
-        factors: of the up and the down projection; None where there is no update.
+        factors: of the up and the down projection.
         dispatch: the routing.
         keep: also the first projection's output, which is computed again otherwise.
     """
     wide = _wide(hidden)
-    groups = group_experts(dispatch, hidden.dtype)
-    up, down = (None if f is None else Update(f) for f in factors)
+    ups, downs, groups = _grouped(factors, dispatch, hidden.dtype)
     products = ExpertProducts(frozen, groups, hidden.dtype)
     rows = bound_of_rows(len(dispatch.order))
     kept = Kept(
         hidden.new_empty(rows if keep else 0, frozen.up.shape[2]),
-        *(torch.empty(rows if f else 0, f.A.shape[1] if f else 0, dtype=wide) for f in factors),
+        *(torch.empty(rows if all_of.rank else 0, all_of.rank, dtype=wide) for all_of in (ups, downs)),
     )
     out = torch.zeros(hidden.shape, dtype=wide)
     for group in groups:
+        up, down = ups.of(group), downs.of(group)
         inside, outside = _row_weights(group, weights, frozen)
         x = _inputs(hidden, group, inside)
         if up is not None:
-            kept.up[group.rows] = up.project(x, group)
+            up.part_of(kept.up, group).copy_(up.project(x, group))
         h = _first_projection(x, kept, frozen, up, products, group)
         a = frozen.gate.forward(h)
         y = products.down(a, group)
         if down is not None:
-            kept.down[group.rows] = u = down.project(a, group)
+            u = down.project(a, group)
+            down.part_of(kept.down, group).copy_(u)
             down.expand(y, u, group)
         if frozen.down_bias is not None:
             group.by_expert(y).add_(frozen.down_bias[group.chosen, None])
@@ -77,8 +80,8 @@ def backward(
     of ``w * x``.
     """
     wide = _wide(hidden)
-    groups, idle = group_experts(dispatch, hidden.dtype), idle_experts(dispatch)
-    up, down = (None if f is None else Update(f) for f in factors)
+    ups, downs, groups = _grouped(factors, dispatch, hidden.dtype)
+    idle = idle_experts(dispatch)
     products = ExpertProducts(frozen, groups, hidden.dtype)
     d_hidden = torch.zeros(hidden.shape, dtype=wide) if needs_hidden else None
     d_weights = torch.zeros(len(dispatch.order), dtype=wide)
@@ -87,6 +90,7 @@ def backward(
     bias = None if frozen.weights_on_input else frozen.down_bias
     through_bias = None if bias is None else grad.to(wide) @ bias.to(wide).T
     for group in groups:
+        up, down = ups.of(group), downs.of(group)
         inside, outside = _row_weights(group, weights, frozen)
         g = grad.index_select(0, group.tokens)
         x = hidden[:0] if is_kept and up is None else _inputs(hidden, group, inside)  # without rows, nothing reads it
@@ -94,16 +98,18 @@ def backward(
         a = frozen.gate.forward(h)
         d_a = products.down_back(g, group)
         if down is not None:
-            down.backward(d_a, g, a, kept.down[group.rows], group, outside)
+            down.backward(d_a, g, a, down.part_of(kept.down, group), group, outside)
         if not frozen.weights_on_input:
             d_w = (d_a * a).sum(dim=-1, dtype=wide)
             if through_bias is not None:
                 d_w += through_bias[group.tokens, group.expert_of_rows()]
             _add_to_pairs(d_weights, group, d_w)
+        if up is None and not needs_d_x:
+            continue
         d_h = frozen.gate.backward(h, d_a.mul_(outside))
         d_x = products.up_back(d_h, group) if needs_d_x else None
         if up is not None:
-            up.backward(d_x, d_h, x, kept.up[group.rows], group, None)
+            up.backward(d_x, d_h, x, up.part_of(kept.up, group), group, None)
         if d_x is None:
             continue
         d_x = d_x.to(wide)
@@ -112,12 +118,15 @@ def backward(
             d_x *= inside
         if d_hidden is not None:
             d_hidden.index_add_(0, group.tokens, d_x)
-    return Gradients(
-        d_hidden,
-        d_weights.view(weights.shape),
-        None if up is None else up.gradients(idle),
-        None if down is None else down.gradients(idle),
-    )
+    return Gradients(d_hidden, d_weights.view(weights.shape), ups.gradients(idle), downs.gradients(idle))
+
+
+def _grouped(
+    factors: Factors, dispatch: Dispatch, dtype: torch.dtype
+) -> tuple[ProjectionUpdates, ProjectionUpdates, list[ExpertGroup]]:
+    """The updates of both projections, and groups of experts that have the same of both."""
+    ups, downs = (ProjectionUpdates(updates, len(dispatch.offsets)) for updates in factors)
+    return ups, downs, group_experts(dispatch, dtype, [*zip(ups.number_of, downs.number_of, strict=True)])
 
 
 def _row_weights(group: ExpertGroup, weights: Tensor, frozen: Frozen) -> tuple[Tensor | None, Tensor]:
@@ -137,7 +146,7 @@ def _first_projection(
 ) -> Tensor:
     h = products.up(x, group, kept.h[group.rows] if kept.h.numel() else None)
     if up is not None:
-        up.expand(h, kept.up[group.rows], group)
+        up.expand(h, up.part_of(kept.up, group), group)
     if frozen.up_bias is not None:
         group.by_expert(h).add_(frozen.up_bias[group.chosen, None])
     return h

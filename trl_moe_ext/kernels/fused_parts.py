@@ -10,10 +10,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trl_moe_ext.kernels.gates import Gate
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import Updates
 
-# Of the up and the down projection; None where there is no update.
-Factors = tuple[LowRank | None, LowRank | None]
+# Of the up and the down projection: any number of updates that `are_apart`.
+Factors = tuple[Updates, Updates]
+# A and B, or their gradients, of each update of a projection.
+PairsOfFactors = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Frozen(NamedTuple):
@@ -35,7 +37,8 @@ class Kept(NamedTuple):
 
     Attributes:
         h: ``(at least S, 2I)`` or ``(at least S, I)``, the output of the first projection; empty if it is not kept.
-        up, down: ``(at least S, r)``, the rank-sized results of both projections; empty without factors.
+        up, down: ``(at least S, r)``, the rank-sized results of both projections, r the largest rank; empty without
+            updates. What stands in rows of experts without one means nothing.
     """
 
     h: Tensor
@@ -44,9 +47,9 @@ class Kept(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of tokens (None if not needed), routing weights, and the factors A and B of both projections (or None)."""
+    """Of tokens (None if not needed), routing weights, and the factors A and B of each update of both projections."""
 
     hidden: Tensor | None
     weights: Tensor
-    up: tuple[Tensor, Tensor] | None
-    down: tuple[Tensor, Tensor] | None
+    up: PairsOfFactors
+    down: PairsOfFactors

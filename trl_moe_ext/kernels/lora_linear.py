@@ -11,44 +11,20 @@ The frozen branch never sees dropout, and the gradient of W_e is computed only i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trl_moe_ext.kernels.dispatch import Dispatch
-from trl_moe_ext.kernels.dropout import drop
-from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm, grouped_outer
+from trl_moe_ext.kernels.grouped import grouped_mm, grouped_outer
+from trl_moe_ext.kernels.grouped_update import GroupedUpdate
+from trl_moe_ext.kernels.low_rank import LowRank, Updates, sets_apart
+
+__all__ = ["LowRank", "lora_linear"]
 
 
-class LowRank(NamedTuple):
-    """One adapter's update ``scaling * B @ A`` of one stack of expert weights.
-
-    Attributes:
-        A: ``(E, r, in)``, any floating dtype; products run in the dtype of the rows, gradients come back in this one.
-        B: ``(E, out, r)``.
-        scaling: s.
-        dropout: probability p of dropping an input feature of the low-rank branch.
-        seed: 0-d int32 from `dropout.draw_seed`; None switches dropout off.
-        first_pair: number of the first (token, slot) pair, where a call has a part of the tokens: masks go on.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    dropout: float = 0.0
-    seed: Tensor | None = None
-    first_pair: int = 0
-
-    def dropped(self, x: Tensor, pairs: Tensor) -> Tensor:
-        """``(n, in)`` rows of the (token, slot) pairs ``(n,)``: what dropout leaves of them."""
-        return x if self.seed is None else drop(x, self.seed, pairs + self.first_pair, self.dropout)
-
-
-def lora_linear(
-    x: Tensor, weight: Tensor, updates: tuple[LowRank, ...], dispatch: Dispatch, *, gather: bool = False
-) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, updates: Updates, dispatch: Dispatch, *, gather: bool = False) -> Tensor:
     """Apply each expert's weight and low-rank updates to its rows.
 
     Args:
@@ -62,89 +38,85 @@ def lora_linear(
         ``(S, out)`` in the dtype of `weight`; rows of no expert are zero.
     """
     x = x.to(weight.dtype)
-    first = updates[0] if updates else None
-    y: Tensor = _LoraLinear.apply(x, weight, *_operands(first), *dispatch, gather)  # type: ignore[no-untyped-call]
-    for update in updates[1:]:
-        y = y + _LoraLinear.apply(x, None, *_operands(update), *dispatch, gather)  # type: ignore[no-untyped-call]
+    first, *others = sets_apart(updates)
+    y = _apply(x, weight, first, dispatch, gather)
+    for apart in others:
+        y = y + _apply(x, None, apart, dispatch, gather)
     return y
 
 
-def _operands(update: LowRank | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-    if update is None:
-        return None, None, None, 0.0, 0.0
-    return update.A, update.B, update.seed, update.scaling, update.dropout if update.seed is not None else 0.0
+def _apply(x: Tensor, weight: Tensor | None, updates: Updates, dispatch: Dispatch, gather: bool) -> Tensor:
+    leaves = [factor for update in updates for factor in (update.A, update.B)]
+    y: Tensor = _LoraLinear.apply(x, weight, updates, dispatch, gather, *leaves)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _LoraLinear(torch.autograd.Function):
+    """One map, with updates of which an expert has at most one; without a weight, the updates alone."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
-        A: Tensor | None,
-        B: Tensor | None,
-        seed: Tensor | None,
-        scaling: float,
-        dropout: float,
-        order: Tensor,
-        position: Tensor,
-        offsets: Tensor,
-        top_k: int,
+        updates: Updates,
+        dispatch: Dispatch,
         gather: bool,
+        *leaves: Tensor,
     ) -> Tensor:
-        dispatch = Dispatch(order, position, offsets, top_k)
+        u = None
         with _full_precision(x):
             rows = dispatch.gather(x) if gather else x
-            y = grouped_mm(rows, weight, offsets) if weight is not None else None
-            u = None
-            if A is not None and B is not None:
-                a, b = _factors(A, B, rows)
-                masked = drop(rows, seed, order, dropout) if seed is not None else rows
-                u = grouped_mm(masked, a.transpose(1, 2), offsets).mul_(scaling)
-                low_rank = grouped_mm(u, b.transpose(1, 2), offsets)
-                y = low_rank if y is None else y.add_(low_rank)
+            if weight is not None:
+                y = grouped_mm(rows, weight, dispatch.offsets)
+            else:
+                y = rows.new_zeros(len(dispatch.order), updates[0].B.shape[1])
+            if updates:
+                update = GroupedUpdate(updates, dispatch, rows, zero_tail=True)
+                u = update.u(rows)
+                update.add_y(y, u)
         # Shapes and number of the saved tensors do not depend on the routing: non-reentrant checkpointing compares
         # them, and a recompute may route otherwise.
-        ctx.save_for_backward(x, weight, A, B, u, seed, order, position, offsets)
-        ctx.scaling, ctx.dropout, ctx.top_k, ctx.gather = scaling, dropout, top_k, gather
-        assert y is not None
+        ctx.save_for_backward(x, weight, u, *dispatch[:3], *leaves)
+        ctx.top_k, ctx.gather, ctx.options = dispatch.top_k, gather, [update[2:] for update in updates]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, u, seed, order, position, offsets = ctx.saved_tensors
+        x, weight, u, order, position, offsets, *leaves = ctx.saved_tensors
         dispatch = Dispatch(order, position, offsets, ctx.top_k)
-        needs_x, needs_weight, needs_A, needs_B = ctx.needs_input_grad[:4]
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        needs_leaves = ctx.needs_input_grad[5:]
+        pairs = zip(leaves[::2], leaves[1::2], ctx.options, strict=True)
+        updates = tuple(LowRank(A, B, *options) for A, B, options in pairs)
         grad = grad.contiguous()
-        dx = dweight = dA = dB = None
+        dx = dweight = None
+        d_leaves: list[Tensor | None] = [None] * len(leaves)
         with _full_precision(x):
-            if needs_x and weight is not None:
-                dx = grouped_mm(grad, weight.transpose(1, 2), offsets)
-            rows = dispatch.gather(x) if ctx.gather and (needs_A or needs_weight) else x
-            if A is not None and B is not None:
-                a, b = _factors(A, B, x)
-                v = grouped_mm(grad, b, offsets).mul_(ctx.scaling)
-                if needs_B:
-                    dB = grouped_outer(grad, u, offsets)[..., : B.shape[2]].to(B.dtype)
-                if needs_A:
-                    masked = drop(rows, seed, order, ctx.dropout) if seed is not None else rows
-                    dA = grouped_outer(v, masked, offsets)[:, : A.shape[1]].to(A.dtype)
-                if needs_x:
-                    low_rank = grouped_mm(v, a, offsets)
-                    low_rank = drop(low_rank, seed, order, ctx.dropout) if seed is not None else low_rank
-                    dx = low_rank if dx is None else dx.add_(low_rank)
+            rows = dispatch.gather(x) if ctx.gather and (needs_weight or any(needs_leaves)) else x
+            if needs_x:
+                dx = _through(weight, grad, x, offsets)
+            if updates:
+                update = GroupedUpdate(updates, dispatch, x, zero_tail=True)
+                v = update.v(grad)
+                if any(needs_leaves[::2]):
+                    d_leaves[::2] = update.dA(v, rows)
+                if any(needs_leaves[1::2]):
+                    d_leaves[1::2] = update.dB(grad, u)
+                if dx is not None:
+                    update.add_dx(dx, v)
             if needs_weight:
                 dweight = grouped_outer(rows, grad, offsets)
             if dx is not None and ctx.gather:
                 dx = dispatch.to_slots(dx).sum(dim=1)
-        return dx, dweight, dA, dB, *([None] * 8)
+        return dx, dweight, None, None, None, *d_leaves
 
 
-def _factors(A: Tensor, B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in the dtype of `like`, with the rank padded by zeros where the device needs it."""
-    missing = aligned_rank(A.shape[1], like) - A.shape[1]
-    a, b = A.to(like.dtype), B.to(like.dtype)
-    return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)
+def _through(weight: Tensor | None, grad: Tensor, like: Tensor, offsets: Tensor) -> Tensor:
+    """``(S, in)``: the gradient of the rows by way of the weight."""
+    if weight is None:
+        return like.new_zeros(len(grad), like.shape[1])
+    return grouped_mm(grad, weight.transpose(1, 2), offsets)
 
 
 def _full_precision(x: Tensor) -> torch.autocast:

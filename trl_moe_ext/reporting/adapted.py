@@ -10,18 +10,25 @@ from rich.table import Table
 from torch import nn
 
 from trl_moe_ext.experts.anatomy import Anatomy, read_anatomy
-from trl_moe_ext.tuners.moe_lora.targets import base_modules
+from trl_moe_ext.reporting.trained_experts import trained_experts
+from trl_moe_ext.tuners.targets.resolve import base_modules
 
-_PARTS = ("routed experts", "shared experts", "attention", "dense MLP", "router", "other Linears", "trained in full")
+_EXPERTS = "routed experts"
+_PARTS = (_EXPERTS, "shared experts", "attention", "dense MLP", "router", "other Linears", "trained in full")
 
 
 @dataclass(frozen=True)
 class AdaptedPart:
-    """One row of the table: a part of the model, its adapted modules and their trainable parameters."""
+    """One row of the table: a part of the model, its adapted modules and their trainable parameters.
+
+    Attributes:
+        detail: which of the routed experts, where not all are trained alike; empty otherwise.
+    """
 
     part: str
     modules: int
     parameters: int
+    detail: str = ""
 
 
 def adapted_parts(model: nn.Module) -> list[AdaptedPart]:
@@ -45,15 +52,22 @@ def adapted_parts(model: nn.Module) -> list[AdaptedPart]:
             parameters[part] += sum(p.numel() for p in trained)
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in owners]
     parameters["trained in full"] += sum(p.numel() for p in rest)
-    return [AdaptedPart(p, modules[p], parameters[p]) for p in _PARTS if parameters[p] or p in _PARTS[:5]]
+    details = {_EXPERTS: trained_experts(model)} if parameters[_EXPERTS] else {}
+    return [
+        AdaptedPart(p, modules[p], parameters[p], details.get(p, ""))
+        for p in _PARTS
+        if parameters[p] or p in _PARTS[:5]
+    ]
 
 
 def adapted_table(model: nn.Module) -> Table:
-    """`adapted_parts` as a table for the terminal, with the share of all parameters below it."""
+    """`adapted_parts` as a table for the terminal; below it which experts, and the share of all parameters."""
     rows = adapted_parts(model)
     trained = sum(row.parameters for row in rows)
     total = sum(p.numel() for p in model.parameters())
-    table = Table(title="What is trained", caption=f"{trained:,} of {total:,} parameters ({trained / total:.2%})")
+    details = [f"{row.part}: {row.detail}" for row in rows if row.detail]
+    caption = "\n".join([*details, f"{trained:,} of {total:,} parameters ({trained / total:.2%})"])
+    table = Table(title="What is trained", caption=caption)
     table.add_column("part")
     table.add_column("modules", justify="right")
     table.add_column("trainable parameters", justify="right")
@@ -63,7 +77,7 @@ def adapted_table(model: nn.Module) -> Table:
 
 
 def _part_of_module(anatomy: Anatomy) -> dict[str, str]:
-    parts = dict.fromkeys((*anatomy.experts, *anatomy.other_experts, *anatomy.expert_linears), "routed experts")
+    parts = dict.fromkeys((*anatomy.experts, *anatomy.other_experts, *anatomy.expert_linears), _EXPERTS)
     words = {
         "shared_experts": "shared experts",
         "attention": "attention",

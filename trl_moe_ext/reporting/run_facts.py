@@ -29,6 +29,7 @@ _TRAINING = (
 )
 # Always worth a line, also at their default; the other options of an adapter are told when they are not.
 _ADAPTER = ("peft_type", "r", "lora_alpha", "lora_dropout", "moe_target", "kernel")
+_LONGEST = 200  # characters of a value that is told in full
 _NOT_AN_OPTION = ("base_model_name_or_path", "saved_with", "inference_mode", "auto_mapping", "runtime_config")
 
 
@@ -100,8 +101,13 @@ def _options(config: Any) -> dict[str, Any]:
         default = option.default_factory() if option.default_factory is not MISSING else option.default
         value = getattr(config, option.name)
         if option.name not in _NOT_AN_OPTION and (option.name in _ADAPTER or value != default):
-            told[option.name] = value
+            told[option.name] = f"{len(value)} entries" if _is_long(value) else value
     return dict(sorted(told.items(), key=lambda item: _ADAPTER.index(item[0]) if item[0] in _ADAPTER else 99))
+
+
+def _is_long(value: Any) -> bool:
+    """Such as the chosen experts of every layer, or the ranks of each of them."""
+    return isinstance(value, Mapping) and len(str(value)) > _LONGEST
 
 
 def _kilobytes(file: Path, name: str) -> int | None:

@@ -35,6 +35,7 @@ class TrainedPart:
     part: str
     modules: int
     parameters: int
+    detail: str = ""
 
 
 @dataclass

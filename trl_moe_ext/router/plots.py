@@ -11,7 +11,7 @@ from trl_moe_ext.router.history import LoadRecord, RouterHistory
 from trl_moe_ext.router.layer_curves import LayerCurves
 from trl_moe_ext.router.load_scale import ABOVE, BELOW, LoadScale
 
-__all__ = ["save_heatmap", "save_max_vio_curve"]
+__all__ = ["add_load_bar", "draw_loads", "faintness", "save_heatmap", "save_max_vio_curve", "set_title"]
 
 _MISSING = "#e8e6e3"
 _INK = "#2b2926"
@@ -28,7 +28,6 @@ def save_heatmap(history: RouterHistory, path: Path) -> bool:
     Returns:
         False, and nothing is written, if the history is empty.
     """
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     labels, records = history.labels, _start_middle_end(history.records)
@@ -37,20 +36,59 @@ def save_heatmap(history: RouterHistory, path: Path) -> bool:
         return False
     experts = max(len(table[0]) for table in tables)
     scale = LoadScale.of(load for table in tables for row in table for load in row)
-    colours = LinearSegmentedColormap.from_list("load", [BELOW, "#f7f5f2", ABOVE]).with_extremes(bad=_MISSING)
     figure = Figure(figsize=_size(len(labels), experts, len(records)), layout="constrained")
     grid = (len(records), 1) if experts > _WIDE else (1, len(records))
     panels = figure.subplots(*grid, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, record, table in zip(panels, records, tables, strict=True):
-        positions = [[scale.position(load) for load in row + [math.nan] * (experts - len(row))] for row in table]
-        image = axes.imshow(positions, cmap=colours, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_title(f"step {record.step:,}", fontsize=10, loc="left", color=_INK)
-        _label_cells(axes, labels, experts)
+        image = draw_loads(axes, labels, table, scale)
+        set_title(axes, f"step {record.step:,}")
+        axes.label_outer()
     figure.supylabel("layer", fontsize=10)
-    bar = figure.colorbar(image, ax=panels, fraction=0.04, pad=0.02, label="load / mean of the layer")
-    bar.set_ticks([position for position, _ in scale.ticks()], labels=[label for _, label in scale.ticks()])
+    add_load_bar(figure, image, list(panels), scale)
     figure.savefig(path, dpi=150, format="png")
     return True
+
+
+def draw_loads(axes: Any, labels: Sequence[str], table: Sequence[Sequence[float]], scale: LoadScale) -> Any:
+    """Draw a heatmap of layers x experts into `axes`, and name as many of both as can be read.
+
+    Args:
+        axes: of matplotlib.
+        labels: of the layers.
+        table: for each layer, the load of its experts divided by their mean; layers may have different numbers.
+        scale: of the colours.
+
+    Returns:
+        The image, for `add_load_bar`.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    experts = max(map(len, table))
+    colours = LinearSegmentedColormap.from_list("load", [BELOW, "#f7f5f2", ABOVE]).with_extremes(bad=_MISSING)
+    positions = [[scale.position(load) for load in [*row, *[math.nan] * (experts - len(row))]] for row in table]
+    image = axes.imshow(positions, cmap=colours, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    rows = range(0, len(labels), math.ceil(len(labels) / 16))
+    axes.set_yticks(rows, [labels[row] for row in rows])
+    axes.set_xticks(range(0, experts, math.ceil(experts / 8)))
+    axes.set_xlabel("expert")
+    axes.tick_params(length=2, labelsize=8)
+    return image
+
+
+def add_load_bar(figure: Any, image: Any, axes: Any, scale: LoadScale) -> None:
+    """Draw the key of the colours of `draw_loads` beside one or several axes."""
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, label="load / mean of the layer")
+    bar.set_ticks([position for position, _ in scale.ticks()], labels=[label for _, label in scale.ticks()])
+
+
+def set_title(axes: Any, title: str) -> None:
+    """Write a small title above the left end of `axes`."""
+    axes.set_title(title, fontsize=10, loc="left", color=_INK)
+
+
+def faintness(layers: int) -> float:
+    """The opacity of one layer's curve among those of so many."""
+    return max(0.25, 0.9 - 0.02 * layers)
 
 
 def save_max_vio_curve(source: RouterHistory | Iterable[Mapping[str, Any]], path: Path) -> bool:
@@ -74,7 +112,7 @@ def save_max_vio_curve(source: RouterHistory | Iterable[Mapping[str, Any]], path
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    faint = max(0.25, 0.9 - 0.02 * len(curves.layers))
+    faint = faintness(len(curves.layers))
     for index, curve in enumerate(curves.layers.values()):
         label = None if index else "each layer"
         axes.plot(*zip(*curve, strict=True), color=BELOW, linewidth=0.8, alpha=faint, label=label)
@@ -100,16 +138,6 @@ def _size(layers: int, experts: int, panels: int) -> tuple[float, float]:
     if experts > _WIDE:
         return 10.0, min(height, 3.5) * panels + 0.5
     return min(max(0.3 * experts, 2.4), 4.2) * panels + 1.4, height + 0.7
-
-
-def _label_cells(axes: Any, labels: Sequence[str], experts: int) -> None:
-    """Name as many layers and experts as can be read."""
-    rows = range(0, len(labels), math.ceil(len(labels) / 16))
-    axes.set_yticks(rows, [labels[row] for row in rows])
-    axes.set_xticks(range(0, experts, math.ceil(experts / 8)))
-    axes.set_xlabel("expert")
-    axes.tick_params(length=2, labelsize=8)
-    axes.label_outer()
 
 
 def _name_the_worst(axes: Any, curves: LayerCurves) -> None:

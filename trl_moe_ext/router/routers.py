@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,10 +47,13 @@ class Router:
         num_experts: E, the width of its logits. It counts identity experts, and a class that stands for no expert.
         top_k: K, how many experts it picks for a token.
         experts: name of the module of experts that it routes to; the first, if it routes to several.
+        all_experts: names of all modules that it routes to, `experts` first. JetMoe keeps the two projections of its
+            experts in two modules.
         label: short and unique in the model: the number of the layer, and more where that is not unique.
         logits_at: position of the logits in its output, as transformers declares it; None if it does not.
         experts_module: what the block calls in the place of the experts.
         skip_class: the logit that stands for no expert, or None.
+        identity_experts: how many experts return their token unchanged; they come after those with weights.
     """
 
     name: str
@@ -62,6 +65,13 @@ class Router:
     logits_at: int | None = None
     experts_module: nn.Module | None = None
     skip_class: int | None = None
+    identity_experts: int = 0
+    all_experts: tuple[str, ...] = ()
+
+    @property
+    def num_with_weights(self) -> int:
+        """How many experts have weights; their indices come before those of all others."""
+        return self.num_experts - self.identity_experts - (self.skip_class is not None)
 
     @property
     def own(self) -> nn.Module:
@@ -97,22 +107,27 @@ class _Survey:
         self.places: dict[str, Place] = read_places(model)
         self.modules = {name: place.module for name, place in self.places.items()}
         self.declared = declared_routers(self.modules)
-        self.sizes = _sizes(self.modules, find_experts({n: m for n, m in self.modules.items() if n}))
+        found = find_experts({name: module for name, module in self.modules.items() if name})
+        self.sizes = _sizes(self.modules, found)
+        self.layouts = {**found.stacks, **found.other_modality}
         self.beside = routers_beside(self.modules, self.sizes)
         self.left_out: dict[str, str] = {}
 
     def routers(self) -> list[Router]:
-        experts_of: dict[str, str] = {}  # router -> experts
+        sent_to: dict[str, list[str]] = {}  # router -> modules of experts
         for experts in (name for name in self.modules if name in self.sizes):
             router = self._router_of(experts)
             if router is not None:
-                experts_of.setdefault(router, experts)
-        self._check_declared(experts_of)
+                sent_to.setdefault(router, []).append(experts)
+        self._check_declared(sent_to)
         # One that stands in several places is seen once each time it is called, whatever its name.
-        unique = {id(self.places[router].called): router for router in reversed(experts_of)}
-        names = [router for router in experts_of if unique[id(self.places[router].called)] == router]
-        labels = short_labels(names)
-        return [self._read(router, experts_of[router], labels[router]) for router in names]
+        first: dict[int, str] = {}
+        for router in sent_to:
+            name = first.setdefault(id(self.places[router].called), router)
+            if name != router:
+                sent_to[name] += sent_to[router]
+        labels = short_labels([*first.values()])
+        return [self._read(router, sent_to[router], labels[router]) for router in first.values()]
 
     def _router_of(self, experts: str) -> str | None:
         block = experts.rpartition(".")[0]
@@ -136,7 +151,7 @@ class _Survey:
         takes_choice = any(_CHOICE_NAME.search(name) for name in _arguments(self.modules[block]))
         return BY_CALLER if not found and takes_choice else None
 
-    def _check_declared(self, routers: Mapping[str, str]) -> None:
+    def _check_declared(self, routers: Collection[str]) -> None:
         """Each declared module is a router, or holds one whose logits it passes on."""
         around = {*routers}.union(*(ancestors(name) for name in routers))
         unmatched = [name for name in self.declared if name not in around]
@@ -146,8 +161,8 @@ class _Survey:
                 f"it. {ADVICE}"
             )
 
-    def _read(self, name: str, experts: str, label: str) -> Router:
-        router = self.modules[name]
+    def _read(self, name: str, all_experts: Sequence[str], label: str) -> Router:
+        router, experts = self.modules[name], all_experts[0]
         num_experts = self.sizes[experts]
         # Some routers have one logit more than there are experts, for tokens that skip them.
         classes = getattr(router, "num_router_classes", num_experts)
@@ -161,6 +176,8 @@ class _Survey:
             logits_at=self.declared.get(name),
             experts_module=self.places[experts].called if experts != name else None,
             skip_class=num_experts if classes == num_experts + 1 else None,
+            identity_experts=self.layouts[experts].identity_experts if experts in self.layouts else 0,
+            all_experts=tuple(all_experts),
         )
 
     def _top_k(self, name: str) -> int:

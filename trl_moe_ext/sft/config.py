@@ -54,7 +54,7 @@ class MoeSFTConfig(SFTConfig):  # type: ignore[misc]
     router_losses: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "moe_lora: router losses and their coefficients, as JSON or a YAML mapping: "
+            "help": "moe_lora, moe_esft: router losses and their coefficients, as JSON or a YAML mapping: "
             "'{\"z_loss\": 0.001}'. `trl-moe plugins` lists the losses; load balancing is --router_aux_loss_coef."
         },
     )
@@ -66,21 +66,22 @@ class MoeSFTConfig(SFTConfig):  # type: ignore[misc]
         },
     )
     router_learning_rate: float | None = field(
-        default=None, metadata={"help": "moe_lora: learning rate of a trained router; --learning_rate if not given."}
+        default=None,
+        metadata={"help": "moe_lora, moe_esft: learning rate of a trained router; --learning_rate if not given."},
     )
     router_counts: str = field(
         default="exact",
         metadata={
-            "help": "moe_lora: under gradient accumulation load balancing counts the experts of the whole step before "
-            "its first backward ('exact', one more forward), or those seen so far ('running').",
+            "help": "moe_lora, moe_esft: under gradient accumulation load balancing counts the experts of the whole "
+            "step before its first backward ('exact', one more forward), or those seen so far ('running').",
             "metavar": "{" + ",".join(COUNTS_WORDS) + "}",
         },
     )
     router_metrics: str = field(
         default="summary",
         metadata={
-            "help": "moe_lora: what is logged of the router: 'summary', 'full' (each layer, and drift at every log), "
-            "or 'off'.",
+            "help": "moe_lora, moe_esft: what is logged of the router: 'summary', 'full' (each layer, and drift at "
+            "every log), or 'off'.",
             "metavar": "{" + ",".join(METRICS_WORDS) + "}",
         },
     )

@@ -91,7 +91,8 @@ def settle(
     if options.router_learning_rate is not None and not is_trained:
         raise ConfigError(
             "router_learning_rate has no effect: the router is frozen. Use MoeLoraConfig(router_mode='lora') or "
-            "'full', on the command line --router_mode, or leave it out"
+            "'full', on the command line --router_mode; with moe_esft, name the routers in modules_to_save. Or leave "
+            "it out"
         )
     return replace(options, router_aux_loss_coef=_coefficient(options, declared_coefficient, is_trained)), routers
 

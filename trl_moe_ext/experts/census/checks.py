@@ -21,10 +21,11 @@ from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.experts.census import tensors
 from trl_moe_ext.experts.census.calls import compare
 from trl_moe_ext.experts.census.merged import merged_output
+from trl_moe_ext.experts.census.selecting import changed_experts, some_experts
 from trl_moe_ext.experts.census.tiny import build
 from trl_moe_ext.experts.census.weights import randomise_factors
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
-from trl_moe_ext.tuners.moe_lora.config import TARGET_WORDS
+from trl_moe_ext.tuners.targets.options import TARGET_WORDS
 
 WORDS = list(TARGET_WORDS)
 # Relative errors. Some families round to float32 in places, even where all weights are float64; it shows most in the
@@ -117,6 +118,32 @@ def two_adapters(model_type: str) -> None:
     _equal(_output(model), second, "output of the second adapter after the first was deleted")
 
 
+def selection(model_type: str) -> None:
+    """With factors for some experts only: the same as merged weights, and the other experts are not touched."""
+    stock = _stock(model_type).requires_grad_(False)
+    selected = some_experts(stock)
+    if not selected:
+        return  # experts that are rows of larger matrices
+    options: dict[str, Any] = {"moe_target": ["experts"], "selected_experts": selected}
+    model = _adapted(copy.deepcopy(stock), **options, rank_pattern=_ranks(selected))
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = _output(model)
+    expected = merged_output(model, stock, _output)
+    _close(found, expected, "output with some experts selected")
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=expected.dtype)
+    _close_gradients(factors, _gradients(found, factors, direction), _gradients(expected, factors, direction))
+    merged = model.merge_and_unload()
+    for name, experts in selected.items():
+        changed = changed_experts(stock.get_submodule(name), merged.get_submodule(name))
+        if changed != experts:
+            raise CheckError(f"merging changed the experts {changed} of {name} instead of {experts}")
+
+
+def _ranks(selected: dict[str, list[int]]) -> dict[str, int]:
+    """Twice the rank of the others for the first chosen expert of every layer."""
+    return {f"{name}.{experts[0]}": 6 for name, experts in selected.items()}
+
+
 def dropout(model_type: str) -> None:
     """The masks of the grouped kernel are those of the reference, and they matter."""
     outputs = {}
@@ -160,7 +187,7 @@ def bfloat16(model_type: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
-    for check in (identity, reference, merge, reload, two_adapters, dropout, checkpointing, bfloat16)
+    for check in (identity, reference, merge, reload, two_adapters, selection, dropout, checkpointing, bfloat16)
 }
 
 

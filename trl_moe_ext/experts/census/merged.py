@@ -48,10 +48,13 @@ def _merged(layer: BaseTunerLayer) -> dict[str, Tensor]:
 def _merged_stacks(layer: MoeLoraExperts, base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for projection in layer.layout.projections:
         stack = stack_of(base, projection)
-        A = getattr(layer.lora_A["default"], projection.name, None)
-        if A is None:
+        updates = layer.updates("default", projection)
+        if not updates:
             continue
-        delta = layer.scaling["default"] * (getattr(layer.lora_B["default"], projection.name) @ A)
+        delta = stack.new_zeros(layer.layout.num_experts, projection.out_features, projection.in_features)
+        for update in updates:
+            experts = range(len(delta)) if update.selected is None else update.selected.experts
+            delta = delta.index_add(0, torch.tensor(experts), update.scaling * (update.B @ update.A))
         delta = (delta.mT if projection.is_transposed else delta).reshape(-1, *stack.shape[1:])
         # Behind the experts there may be rows that none of them uses.
         unused = delta.new_zeros(len(stack) - len(delta), *stack.shape[1:])

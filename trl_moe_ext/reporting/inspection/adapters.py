@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from trl_moe_ext.experts.anatomy import Anatomy
-from trl_moe_ext.tuners.moe_lora.config import TARGET_WORDS, MoeLoraConfig
+from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+from trl_moe_ext.tuners.targets.options import TARGET_WORDS
 
 _BYTES_FP32 = 4
 

@@ -84,6 +84,6 @@ def _found(directory: Path) -> str:
 
 def _how_to_get_one() -> str:
     return (
-        "Training with `trl sft --peft_type moe_lora` (or another command of trl) writes it, and so does "
+        "Training with `trl sft --peft_type moe_lora` (or moe_esft, or another command of trl) writes it, and so does "
         "MoeSFTTrainer; give another trainer callbacks=[trl_moe_ext.reporting.record_callback.RunRecordCallback()]"
     )

@@ -14,7 +14,7 @@ from trl_moe_ext.router.selection import SelectionBias
 from trl_moe_ext.router.selection_probe import find_selection_bias
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
 from trl_moe_ext.tuners.moe_lora.router_bias import BiasedRouter, bias_of
-from trl_moe_ext.tuners.moe_lora.targets import Targets
+from trl_moe_ext.tuners.targets.resolve import Targets
 
 __all__ = ["bias_sizes", "hook_biased_routers", "router_biases"]
 

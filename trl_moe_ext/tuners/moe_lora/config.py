@@ -8,12 +8,12 @@ from typing import Any
 from peft import LoraConfig, PeftType
 
 from trl_moe_ext._version import __version__
-from trl_moe_ext.errors import ConfigError, near_matches
+from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.tuners.targets.options import TargetOptions, check_words
 
-TARGET_WORDS = ("experts", "attention", "shared_experts", "dense_mlp", "router")
-PROJECTION_WORDS = ("both", "gate_up", "down")
 ACTIVATION_WORDS = ("gate_up", "none")
 ROUTER_MODES = ("frozen", "lora", "full")
+EXPERT_RANKS = ("uniform", "by_share")
 
 # Options of LoraConfig that change how a Linear is adapted and that nobody has defined for a stack of experts. An
 # adapter that ignored them on its largest part would not be what was asked for.
@@ -36,20 +36,20 @@ _INITIALISATIONS = (True, False, "gaussian")
 
 
 @dataclass
-class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
+class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
     """Configuration of `MoeLoraModel`: LoRA on routed experts and on ordinary Linears.
 
     Everything of `peft.LoraConfig` that has a meaning on experts works as there; the rest is refused by name.
-    `target_modules` chooses ordinary Linears only. Routed experts are chosen by `moe_target`.
+    `target_modules` chooses ordinary Linears only. Routed experts are chosen by `moe_target`, which is described in
+    `TargetOptions`, and which of them by the options of `ExpertSelectionOptions`.
 
     Args:
-        moe_target: what to adapt, any of ``experts``, ``attention``, ``shared_experts``, ``dense_mlp``, ``router``.
-            With `target_modules` given, only ``experts`` and ``router`` of it apply. On a model without routed
-            experts, ``experts`` means its dense MLP.
         expert_r: rank on experts; `r` if None.
         expert_alpha: alpha on experts; `lora_alpha` if None. The scaling is ``expert_alpha / expert_r``, with rsLoRA
             ``expert_alpha / sqrt(expert_r)``.
-        expert_projections: ``both``, or only ``gate_up`` (the first projection) or ``down`` (the second).
+        expert_rank: ``uniform``; or ``by_share``, which gives experts that the data uses more a higher rank within the
+            same number of parameters: between a quarter and four times `expert_r`, which is their mean. It takes a
+            profile as `expert_selection`, and writes `rank_pattern`.
         router_mode: whether the router is trained: ``frozen``; ``lora``, the same as ``router`` in `moe_target`; or
             ``full``, a copy of every router, which PEFT saves with the adapter (`modules_to_save`). None is ``lora``
             if `moe_target` has ``router``, else ``frozen``.
@@ -66,17 +66,11 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         ConfigError: an option is out of range, unknown, or has no meaning on experts.
     """
 
-    moe_target: list[str] | str = field(
-        default_factory=lambda: ["experts", "attention"],
-        metadata={"help": "What to adapt: " + ", ".join(TARGET_WORDS)},
-    )
     expert_r: int | None = field(default=None, metadata={"help": "Rank on routed experts; r if not given"})
     expert_alpha: float | None = field(
         default=None, metadata={"help": "Alpha on routed experts; lora_alpha if not given"}
     )
-    expert_projections: str = field(
-        default="both", metadata={"help": "Which projections of the experts: " + ", ".join(PROJECTION_WORDS)}
-    )
+    expert_rank: str = field(default="uniform", metadata={"help": "Ranks of the experts: " + ", ".join(EXPERT_RANKS)})
     router_mode: str | None = field(
         default=None,
         metadata={"help": "Whether the router is trained: " + ", ".join(ROUTER_MODES) + "; frozen if not given"},
@@ -96,11 +90,15 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
         _refuse_meaningless(self)
         super().__post_init__()
         self.peft_type = PeftType.MOE_LORA
-        if isinstance(self.moe_target, str):
-            self.moe_target = [self.moe_target]
-        _check_words("moe_target", self.moe_target, TARGET_WORDS)
-        _check_words("expert_projections", [self.expert_projections], PROJECTION_WORDS)
-        _check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
+        self.check_targets()
+        check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
+        check_words("expert_rank", [self.expert_rank], EXPERT_RANKS)
+        self.check_selection(ranks_by_share=self.expert_rank == "by_share")
+        if self.expert_rank == "by_share" and self.profile_path is None:
+            raise ConfigError(
+                "expert_rank='by_share' has no effect without a profile; add expert_selection=profile:<file>, see "
+                "`trl-moe profile --help`"
+            )
         self._settle_router_mode()
         for name in ("r", "expert_r"):
             rank = getattr(self, name)
@@ -115,18 +113,20 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
                     "router into moe_target, or use router_mode='lora'"
                 )
             raise ConfigError("moe_target is empty and no target_modules are given: nothing would be trained")
-        for name in ("expert_r", "expert_alpha", "router_bias"):
-            value = getattr(self, name)
-            if value is not None and value is not False and not self.adapts_experts:
-                raise ConfigError(
-                    f"{name} has no effect: moe_target={self.moe_target} leaves the experts out; "
-                    f"add 'experts' to moe_target or remove {name}"
-                )
+        given = {
+            name: getattr(self, name) not in (None, False) for name in ("expert_r", "expert_alpha", "router_bias")
+        }
+        given["expert_selection"] = self.selects_experts
+        for name in (name for name, is_given in given.items() if is_given and not self.adapts_experts):
+            raise ConfigError(
+                f"{name} has no effect: moe_target={self.moe_target} leaves the experts out; "
+                f"add 'experts' to moe_target or remove {name}"
+            )
 
     def _settle_router_mode(self) -> None:
         if self.router_mode is None:
             return
-        _check_words("router_mode", [self.router_mode], ROUTER_MODES)
+        check_words("router_mode", [self.router_mode], ROUTER_MODES)
         if self.router_mode == "lora":
             self.moe_target = [*dict.fromkeys([*self.moe_target, "router"])]
         elif "router" in self.moe_target:
@@ -134,11 +134,6 @@ class MoeLoraConfig(LoraConfig):  # type: ignore[misc]
                 f"router_mode={self.router_mode!r} contradicts 'router' in moe_target, which puts LoRA on the router; "
                 "leave 'router' out of moe_target, or use router_mode='lora'"
             )
-
-    @property
-    def adapts_experts(self) -> bool:
-        """Whether routed experts may be adapted: through `moe_target`, `target_modules` or `target_parameters`."""
-        return "experts" in self.moe_target or bool(self.target_modules) or bool(self.target_parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """The saved form, without how this machine computes: that is not what the adapter is."""
@@ -165,9 +160,3 @@ def _refuse_meaningless(config: MoeLoraConfig) -> None:
 
 def _default(option: Field[Any]) -> Any:
     return option.default_factory() if option.default_factory is not MISSING else option.default
-
-
-def _check_words(option: str, words: list[str], known: tuple[str, ...]) -> None:
-    for word in words:
-        if word not in known:
-            raise ConfigError(f"{option}: {word!r} is unknown; {near_matches(str(word), known)}")

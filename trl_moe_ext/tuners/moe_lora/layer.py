@@ -1,8 +1,7 @@
-"""A module of routed experts with grouped LoRA on its two projections."""
+"""One module of routed experts with low-rank adapters, as PEFT sees it."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,84 +9,60 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
-from trl_moe_ext.experts.gates import recognise_gate
-from trl_moe_ext.experts.layout import (
-    ExpertsLayout,
-    Projection,
-    check_dtypes,
-    expert_weights,
-    stack_of,
-    weight_view,
-)
-from trl_moe_ext.experts.probe import check_reading
-from trl_moe_ext.experts.reading import read_layout
+from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.experts.layout import Projection, weight_view
 from trl_moe_ext.kernels.dropout import draw_seed
 from trl_moe_ext.kernels.experts_mlp import Updates
 from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.lora_linear import LowRank
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import host
+from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
 from trl_moe_ext.tuners.moe_lora.bias_merging import check_bias_mergeable, merge_bias, unmerge_bias
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+from trl_moe_ext.tuners.moe_lora.factors import (
+    ExpertFactors,
+    RankClass,
+    each_expert,
+    indices_of,
+    initialise,
+    rank_classes,
+)
 from trl_moe_ext.tuners.moe_lora.router_bias import BiasedRouter, RouterBias, bias_of
 
 
-class ExpertFactors(nn.Module):
-    """One side (A or B) of an adapter's low-rank factors of a module of experts, a parameter for each projection.
-
-    The parameters carry the names of the stacks they adapt and are ``(E, r, in)`` for A, ``(E, out, r)`` for B.
-    """
-
-    def __init__(self, shapes: dict[str, tuple[int, int, int]]) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-
-class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
+class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
     """Wraps a module of routed experts; called with the same arguments, it returns the same ``(T, H)`` tensor.
 
     Its state dict has ``lora_A.<adapter>.<projection>`` and ``lora_B.<adapter>.<projection>``, with the projection's
-    parameter name, so that PEFT's saving, loading, switching and deleting work as for its own layers. An adapter with
-    a bias for the choice of experts has ``lora_router_bias.<adapter>.bias`` too.
+    parameter name, so that PEFT's saving, loading, switching and deleting work as for its own layers. An adapter of
+    some experts has their indices in ``lora_selected.<adapter>.experts``; one with a bias for the choice of experts
+    has ``lora_router_bias.<adapter>.bias`` too.
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = (*LoraLayer.other_param_names, "kernels", "lora_router_bias")
+    other_param_names = (
+        *LoraLayer.other_param_names,
+        "kernels",
+        "rank_classes",
+        "lora_selected",
+        "lora_router_bias",
+    )
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, r: int, lora_alpha: float, **kwargs: Any
     ) -> None:
-        super().__init__()
-        layout = read_layout(base_layer)
-        if layout is None:
-            raise LayoutError(f"{type(base_layer).__name__} is not a module of routed experts that can be read")
-        check_dtypes(base_layer, layout)
-        check_reading(base_layer, layout)
-        self.layout: ExpertsLayout = layout
-        self._closed_form = recognise_gate(base_layer, layout)
-        # Families call the three arguments differently, and some pass them by keyword.
-        self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)[:3]
+        super().__init__(base_layer)
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.kernels: dict[str, Callable[..., Tensor]] = {}
+        self.rank_classes: dict[str, tuple[RankClass, ...]] = {}
+        self.lora_selected = nn.ModuleDict()
         self.lora_router_bias = nn.ModuleDict()
         self.biased_routers: list[BiasedRouter] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
-
-    def __getattr__(self, name: str) -> Any:
-        # The surrounding block may read `num_experts` or a weight from its experts module; hooks and other private
-        # state belong to the wrapper or to the wrapped module, never to both.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return self.layout.projections[0].in_features, self.layout.projections[-1].out_features
@@ -100,15 +75,19 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             raise ConfigError(f"the rank on experts is {r}; use an integer of at least 1")
         adapted = [p for p in self.layout.projections if self._is_adapted(p, config)]
         experts = self.layout.num_experts
+        classes = rank_classes(r, getattr(config, "expert_ranks", None), experts)  # what the targets found
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.use_rslora[adapter_name] = config.use_rslora
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        self.lora_A[adapter_name] = ExpertFactors({p.name: (experts, r, p.in_features) for p in adapted})
-        self.lora_B[adapter_name] = ExpertFactors({p.name: (experts, p.out_features, r) for p in adapted})
-        self.kernels[adapter_name] = _kernel(config)
+        self.lora_A[adapter_name] = ExpertFactors.of_A(classes, adapted, experts)
+        self.lora_B[adapter_name] = ExpertFactors.of_B(classes, adapted, experts)
+        self.rank_classes[adapter_name] = classes
+        if any(each.selected is not None for each in classes):
+            self.lora_selected[adapter_name] = indices_of(classes)
+        self.kernels[adapter_name] = _kernel(config, adapter_name in self.lora_selected)
         bias_size = getattr(config, "router_bias_size", None)  # what the targets found for this module
         if bias_size is not None:
             self.lora_router_bias[adapter_name] = RouterBias(bias_size)
@@ -122,17 +101,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Initialise each expert's factors as PEFT initialises those of a Linear of the same shape."""
-        for A in self.lora_A[adapter_name].parameters():
-            if init_lora_weights == "gaussian":
-                nn.init.normal_(A, std=1 / self.r[adapter_name])
-            else:
-                # Kaiming with a = sqrt(5), the default of nn.Linear, is uniform within 1 / sqrt(fan_in).
-                nn.init.uniform_(A, -1 / math.sqrt(A.shape[2]), 1 / math.sqrt(A.shape[2]))
-        for B in self.lora_B[adapter_name].parameters():
-            if init_lora_weights is False:
-                nn.init.uniform_(B, -1 / math.sqrt(B.shape[2]), 1 / math.sqrt(B.shape[2]))
-            else:
-                nn.init.zeros_(B)
+        initialise(self.lora_A[adapter_name], self.lora_B[adapter_name], init_lora_weights)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         weight = self._frozen_stack()
@@ -145,31 +114,8 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the wrapped module: ``(T, H)`` tokens, ``(T, K)`` chosen experts and ``(T, K)`` weights to ``(T, H)``."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError("one batch with several adapters (adapter_names) is not supported on routed experts")
-        adapters = self.adapters_to_apply()
-        if not adapters and self.layout.sparse_block is None:
-            out: Tensor = self.base_layer(*args, **kwargs)
-            return out
-        arguments = [*args, *(kwargs.pop(name) for name in self._argument_names[len(args) :] if name in kwargs)]
-        if kwargs or len(arguments) > 3:
-            raise LayoutError(
-                f"{type(self.get_base_layer()).__name__} was called with {sorted(kwargs) or len(arguments)} besides "
-                f"{', '.join(self._argument_names)}: what that changes is not known. Describe the family in a plug-in "
-                "(hook register_experts_families, see docs/families.md)"
-            )
-        self._check_device(arguments[0])
-        return self._run(adapters, *arguments)
-
-    def adapters_to_apply(self) -> list[str]:
-        """The active adapters whose updates are to be added to the output."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if name in self.lora_A]
+    def holds(self, adapter_name: str) -> bool:
+        return adapter_name in self.lora_A
 
     def _run(self, adapters: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         kernel: Callable[..., Tensor] = self.kernels[adapters[0]] if adapters else fused_experts_mlp
@@ -178,7 +124,7 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             top_k_index.reshape(-1, top_k_index.shape[-1]),
             top_k_weights.reshape(-1, top_k_weights.shape[-1]),
-            expert_weights(self.get_base_layer(), self.layout)._replace(closed_form=self._closed_form),
+            self.frozen_weights(),
             **{
                 f"{projection.role}_updates": self._updates(adapters, projection, hidden_states.device)
                 for projection in self.layout.projections
@@ -186,30 +132,30 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         )
         return out.view(hidden_states.shape)
 
-    def _frozen_stack(self) -> Tensor:
-        return stack_of(self.get_base_layer(), self.layout.projections[-1])
-
-    def _check_device(self, hidden_states: Tensor) -> None:
-        # Hooks that bring offloaded weights in run when a module is called; the kernel takes the weights themselves.
-        weight = self._frozen_stack()
-        if weight.device != hidden_states.device:
-            raise LayoutError(
-                f"the experts are on {weight.device} and their tokens on {hidden_states.device}: offloaded experts "
-                "cannot be adapted yet. Load the model without offloading, or leave 'experts' out of moe_target"
-            )
+    def updates(self, adapter_name: str, projection: Projection) -> Updates:
+        """What an adapter adds to a projection, an update for each of its ranks, without dropout."""
+        return tuple(
+            LowRank(A=A, B=B, scaling=self._scaling(adapter_name, each), selected=each.selected)
+            for each in self.rank_classes[adapter_name]
+            if (A := getattr(self.lora_A[adapter_name], each.factors_of(projection), None)) is not None
+            and (B := getattr(self.lora_B[adapter_name], each.factors_of(projection), None)) is not None
+        )
 
     def _updates(self, adapters: list[str], projection: Projection, device: torch.device) -> Updates:
-        return tuple(
-            LowRank(
-                A=getattr(self.lora_A[name], projection.name),
-                B=getattr(self.lora_B[name], projection.name),
-                scaling=self.scaling[name],
-                dropout=(p := self._dropout(name)),
-                seed=draw_seed(device) if p else None,
-            )
-            for name in adapters
-            if hasattr(self.lora_A[name], projection.name)
-        )
+        updates: list[LowRank] = []
+        for name in adapters:
+            own = self.updates(name, projection)
+            p = self._dropout(name)
+            # One seed for all ranks: no row is in two of them.
+            seed = draw_seed(device) if p and own else None
+            updates += (update._replace(dropout=p, seed=seed) for update in own)
+        return tuple(updates)
+
+    def _scaling(self, adapter_name: str, rank_class: RankClass) -> float:
+        """Alpha over the rank of a class, or over its root, as for a module of that rank."""
+        ratio = self.r[adapter_name] / rank_class.rank
+        scaling: float = self.scaling[adapter_name]
+        return scaling * (math.sqrt(ratio) if self.use_rslora[adapter_name] else ratio)
 
     def _dropout(self, adapter_name: str) -> float:
         dropout = self.lora_dropout[adapter_name]
@@ -217,66 +163,30 @@ class MoeLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active (or the named) adapters to the frozen weights, one expert at a time.
-
-        Raises:
-            AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
-            ConfigError: the adapter has a bias for the choice of experts, and the family has no place for it.
-        """
-        self.check_mergeable(adapter_names, safe_merge)
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            for expert_weight, delta in self._deltas(name):
-                expert_weight.copy_(expert_weight.to(delta.dtype) + delta)
-            merge_bias(self, name)
-            self.merged_adapters.append(name)
-
-    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise what `merge` would raise; nothing is changed."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.lora_A and name not in self.merged_adapters:
-                check_bias_mergeable(self, name)
-                if safe_merge:
-                    self._check_finite(name)
-
-    def unmerge(self) -> None:
-        """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            for expert_weight, delta in self._deltas(name):
-                expert_weight.copy_(expert_weight.to(delta.dtype) - delta)
-            unmerge_bias(self, name)
-
-    @torch.no_grad()
     def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """For every adapted projection and expert: its ``(out, in)`` weight, a view, and its update."""
         for projection in self.layout.projections:
-            A = getattr(self.lora_A[adapter_name], projection.name, None)
-            if A is None:
-                continue
-            B = getattr(self.lora_B[adapter_name], projection.name)
+            factors = self.rank_classes[adapter_name], self.lora_A[adapter_name], self.lora_B[adapter_name]
             stack = weight_view(self.get_base_layer(), projection, self.layout).detach()
             dtype = torch.promote_types(stack.dtype, torch.float32)
-            for expert in range(self.layout.num_experts):
-                update = self.scaling[adapter_name] * (B[expert].to(dtype) @ A[expert].to(dtype))
+            for expert, each, A, B in each_expert(*factors, projection, self.layout.num_experts):
+                update = self._scaling(adapter_name, each) * (B.to(dtype) @ A.to(dtype))
                 yield stack[expert].t(), update.to(stack.device)
 
-    def _check_finite(self, adapter_name: str) -> None:
-        for expert_weight, delta in self._deltas(adapter_name):
-            if not torch.isfinite(expert_weight.to(delta.dtype) + delta).all():
-                raise AdapterFileError(
-                    f"adapter {adapter_name!r} would make expert weights that are not finite (NaN or infinite); "
-                    "nothing was merged. Load an intact adapter"
-                )
+    def _check_mergeable(self, adapter_name: str) -> None:
+        check_bias_mergeable(self, adapter_name)
 
-    def __repr__(self) -> str:
-        return "moe_" + super().__repr__()
+    def _merge_rest(self, adapter_name: str, sign: int) -> None:
+        (merge_bias if sign > 0 else unmerge_bias)(self, adapter_name)
 
 
-def _kernel(config: MoeLoraConfig) -> Callable[..., Tensor]:
+def _kernel(config: MoeLoraConfig, selects: bool) -> Callable[..., Tensor]:
     kernel: Kernel = host().lookup("register_kernels", config.kernel)
+    if selects and not kernel.takes_selection:
+        raise ConfigError(
+            f"kernel {config.kernel!r} runs updates of all experts only; leave expert_selection and expert_rank out, "
+            "or use kernel 'fused'"
+        )
     if kernel.chooses_activations:
         return partial(kernel.experts_mlp, save_activations=config.save_activations)
     if config.save_activations != "gate_up":

@@ -18,8 +18,8 @@ from trl_moe_ext.experts.finding import ancestors
 from trl_moe_ext.router.places import read_places
 from trl_moe_ext.router.routers import find_routers
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
-from trl_moe_ext.tuners.moe_lora.selection import keeps
-from trl_moe_ext.tuners.moe_lora.targets import Targets
+from trl_moe_ext.tuners.targets.exclusions import keeps
+from trl_moe_ext.tuners.targets.resolve import Targets
 
 
 def modules_to_save(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> list[str] | None:

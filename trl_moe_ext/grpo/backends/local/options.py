@@ -31,7 +31,7 @@ def check_options(context: BackendContext) -> None:
     if context.peft_config.is_prompt_learning:
         raise ConfigError(
             f"rollout_backend='local' serves adapters in the layers of the model, and "
-            f"{type(context.peft_config).__name__} works on the prompt; use LoRA or moe_lora"
+            f"{type(context.peft_config).__name__} works on the prompt; use LoRA, moe_lora or moe_esft"
         )
     if sampling.repetition_penalty != 1.0:
         raise ConfigError(

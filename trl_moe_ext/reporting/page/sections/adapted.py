@@ -43,4 +43,5 @@ def section(run: RunFiles) -> Section:
         f"{size(trained)} of {size(record.total_parameters)} parameters were trained "
         f"({share(trained, record.total_parameters)}), in {count(modules, 'module')}."
     )
+    summary += "".join(f" Of the {part.part}: {part.detail}." for part in record.adapted if part.detail)
     return Section("adapted", _TITLE, summary, {"rows": rows, "trained": f"{trained:,}", "modules": f"{modules:,}"})

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import AdapterFileError
+from trl_moe_ext.tuners.selection.indices import SelectedIndices
 
 _SHOWN = 3
 
 
-def check_adapter_state(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> None:
+def check_adapter_state(
+    model: nn.Module, state: dict[str, Tensor], adapter_name: str, tuner_prefix: str = "lora_"
+) -> None:
     """Compare an adapter's tensors, under the model's own names, with the parameters they are for.
 
     Args:
-        model: the model with the adapter's factors in place.
+        model: the model with the adapter's weights in place.
         state: tensors by the names of `model`'s state dict (with or without its PEFT prefix).
         adapter_name: the adapter that is being loaded.
+        tuner_prefix: what the names of the tuner's own weights begin with.
 
     Raises:
-        AdapterFileError: tensors are missing, unknown, of another shape, or not finite; the first of them are named.
+        AdapterFileError: tensors are missing, unknown, of another shape, of other experts, or not finite; the first of
+            them are named.
     """
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-    found = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    found = {key: tensor for key, tensor in state.items() if f".{tuner_prefix}" in key}
     _refuse_unless_fitting(
         adapter_name,
         *_listed("missing from the file", sorted(expected.keys() - found.keys())),
         *_listed("not in the model", sorted(found.keys() - expected.keys())),
         *_listed("of another shape", _other_shapes(expected, found)),
+        *_listed("of other experts than the model trains", _other_experts(expected, found)),
     )
     _refuse_unless_finite(adapter_name, state)  # copies of routers too
 
@@ -75,20 +82,31 @@ def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) ->
         adapter_name: the adapter that was loaded.
 
     Raises:
-        AdapterFileError: tensors are missing or not finite.
+        AdapterFileError: tensors are missing, of other experts, or not finite.
     """
-    _refuse_unless_fitting(adapter_name, *_listed("missing from the file", sorted(missing)))
+    others = [
+        f"{name.rpartition('.')[0]} {difference}"
+        for name, module in model.named_modules()
+        if isinstance(module, SelectedIndices) and name.endswith(f".{adapter_name}")
+        for difference in module.differences()
+    ]
+    _refuse_unless_fitting(
+        adapter_name,
+        *_listed("missing from the file", sorted(missing)),
+        *_listed("of other experts than the model trains", others),
+    )
     state = model.state_dict()
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     copies = {key: tensor for key, tensor in state.items() if f".modules_to_save.{adapter_name}." in key}
     _refuse_unless_finite(adapter_name, _filter_state_dict_by_key_prefixes(state, prefixes) | copies)
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every name of every parameter."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+def _names(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Every name of every parameter and buffer."""
+    names: dict[Tensor, list[str]] = {}
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    for name, tensor in chain(parameters, buffers):
+        names.setdefault(tensor, []).append(name)
     return names
 
 
@@ -116,6 +134,15 @@ def _other_shapes(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list
         f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in sorted(expected.keys() & found.keys())
         if expected[key].shape != found[key].shape
+    ]
+
+
+def _other_experts(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Indices of experts that differ: factors of the same shape would be loaded for the wrong ones."""
+    return [
+        f"{key.rpartition('.')[0]} {found[key].tolist()} instead of {expected[key].tolist()}"
+        for key in sorted(expected.keys() & found.keys())
+        if not expected[key].is_floating_point() and not torch.equal(expected[key].cpu(), found[key].cpu())
     ]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from trl_moe_ext.errors import LayoutError
 from trl_moe_ext.experts.layout import ExpertsLayout
 from trl_moe_ext.experts.reading import read_layout
-from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
+from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
 
 
 def check_block(block: nn.Module, layout: ExpertsLayout) -> None:
@@ -44,7 +44,7 @@ def restore_blocks(model: nn.Module) -> None:
     """Give every block whose experts are no longer adapted its own class back."""
     for block in model.modules():
         for child in block.children():
-            layout = None if isinstance(child, MoeLoraExperts) else read_layout(child)
+            layout = None if isinstance(child, AdaptedExperts) else read_layout(child)
             if layout is not None and layout.sparse_block is not None and type(block) is layout.sparse_block:
                 _exchange(block, layout.sparse_block.__base__)
 

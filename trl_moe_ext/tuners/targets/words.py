@@ -9,7 +9,8 @@ from torch import nn
 
 from trl_moe_ext.errors import ConfigError, near_matches
 from trl_moe_ext.experts.anatomy import Anatomy
-from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+from trl_moe_ext.tuners.selection.options import ALL
+from trl_moe_ext.tuners.targets.options import TargetOptions
 
 # Words for the projections of an MLP. They name Linears where there are some, and the routed experts' projections.
 BOTH = {"gate_up", "down"}
@@ -20,17 +21,17 @@ EXPERT_WORDS = {
 }
 
 
-def listed(config: MoeLoraConfig) -> Collection[str]:
+def listed(config: TargetOptions) -> Collection[str]:
     """The words of `target_modules`; none if it is a regular expression."""
     return config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ()
 
 
-def wants_experts(config: MoeLoraConfig) -> bool:
+def wants_experts(config: TargetOptions) -> bool:
     """Whether routed experts are asked for, by either option."""
     return "experts" in config.moe_target or any(word.rpartition(".")[2] in EXPERT_WORDS for word in listed(config))
 
 
-def check(config: MoeLoraConfig, candidates: Collection[str], anatomy: Anatomy) -> None:
+def check(config: TargetOptions, candidates: Collection[str], anatomy: Anatomy) -> None:
     """Every word of `target_modules` must name something: a misspelt one would leave a part silently untrained.
 
     Args:
@@ -53,20 +54,20 @@ def check(config: MoeLoraConfig, candidates: Collection[str], anatomy: Anatomy) 
             raise ConfigError(f"target_modules: no module to adapt is called {word!r}; {near_matches(word, known)}")
 
 
-def check_effect(config: MoeLoraConfig, is_dense: bool) -> None:
+def check_effect(config: TargetOptions, is_dense: bool) -> None:
     """Refuse options of experts on a model without any."""
-    given = {
-        "expert_r": config.expert_r is not None,
-        "expert_alpha": config.expert_alpha is not None,
-        "expert_projections": config.expert_projections != "both",
+    of_experts = {
+        **{name: getattr(config, name, None) for name in ("expert_r", "expert_alpha", "selected_experts")},
+        "expert_projections": None if config.expert_projections == "both" else config.expert_projections,
+        "expert_selection": None if config.expert_selection == ALL else config.expert_selection,
     }
-    for option in (name for name, is_given in given.items() if is_given and is_dense):
+    for option in (name for name, value in of_experts.items() if value is not None and is_dense):
         raise ConfigError(
             f"{option}={getattr(config, option)!r} has no effect: the model has no routed experts. Leave it out"
         )
 
 
-def check_modules_to_save(config: MoeLoraConfig, anatomy: Anatomy) -> None:
+def check_modules_to_save(config: TargetOptions, anatomy: Anatomy) -> None:
     """Refuse a full copy of routed experts."""
     for word in config.modules_to_save or []:
         held = [
@@ -81,7 +82,7 @@ def check_modules_to_save(config: MoeLoraConfig, anatomy: Anatomy) -> None:
             )
 
 
-def nothing(config: MoeLoraConfig, anatomy: Anatomy) -> str:
+def nothing(config: TargetOptions, anatomy: Anatomy) -> str:
     """The message when no module is left to adapt."""
     parts = ("experts", "expert_linears", "attention", "shared_experts", "dense_mlp", "router")
     there = ", ".join(f"{part} {len(getattr(anatomy, part))}" for part in parts)

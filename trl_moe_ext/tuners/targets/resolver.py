@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from trl_moe_ext.errors import ConfigError, near_matches
 from trl_moe_ext.experts.anatomy import Anatomy, is_down_projection
-from trl_moe_ext.tuners.moe_lora import words
-from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
-from trl_moe_ext.tuners.moe_lora.selection import ends_with, keeps, keeps_experts, keeps_projection, word_of
-from trl_moe_ext.tuners.moe_lora.words import BOTH, EXPERT_WORDS
+from trl_moe_ext.tuners.targets import words
+from trl_moe_ext.tuners.targets.exclusions import ends_with, keeps, keeps_experts, keeps_projection, word_of
+from trl_moe_ext.tuners.targets.options import TargetOptions
+from trl_moe_ext.tuners.targets.words import BOTH, EXPERT_WORDS
 
 
 class Resolver:
@@ -31,7 +31,7 @@ class Resolver:
     """
 
     def __init__(
-        self, config: MoeLoraConfig, modules: Mapping[str, nn.Module], anatomy: Anatomy, head: nn.Module | None
+        self, config: TargetOptions, modules: Mapping[str, nn.Module], anatomy: Anatomy, head: nn.Module | None
     ) -> None:
         self.config = config
         self.modules = modules
@@ -56,13 +56,17 @@ class Resolver:
             self._add("", allowed)
         for word in words.listed(self.config):
             path, _, last = word.rpartition(".")
-            if last in EXPERT_WORDS:
+            if last in EXPERT_WORDS and not (path and last != "experts" and self._names_others(word)):
                 # `gate_proj` and `experts.down_proj` name a projection of all, `layers.1.mlp.experts` one module. A
                 # path that leads elsewhere, as in `shared_experts.down_proj`, names no routed experts.
                 self._add(word if last == "experts" and path else path, EXPERT_WORDS[last] & allowed)
             elif any(ends_with(name, word) for name in self.anatomy.experts):
                 self._add(word, allowed)
         return self._stacks, self._linears
+
+    def _names_others(self, word: str) -> bool:
+        """Whether a word names modules beside the experts, as ``mlp.up_proj`` where the block holds the experts too."""
+        return any(ends_with(name, word) for name in self.modules if name not in self.anatomy.expert_linears)
 
     def _add(self, path: str, wanted: set[str]) -> None:
         """Add the projections of every module of experts whose name ends with `path`, of all if it is empty."""

@@ -14,11 +14,12 @@ from trl_moe_ext.errors import ConfigError, LayoutError
 from trl_moe_ext.experts.anatomy import Anatomy, read_anatomy
 from trl_moe_ext.experts.layout import check_dtypes
 from trl_moe_ext.experts.probe import check_reading
-from trl_moe_ext.tuners.moe_lora import words
-from trl_moe_ext.tuners.moe_lora.blocks import check_block
-from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
-from trl_moe_ext.tuners.moe_lora.resolver import Resolver
-from trl_moe_ext.tuners.moe_lora.tied import TiedNames
+from trl_moe_ext.tuners.selection.resolve import Selection, is_trained, selected_experts
+from trl_moe_ext.tuners.targets import words
+from trl_moe_ext.tuners.targets.blocks import check_block
+from trl_moe_ext.tuners.targets.options import TargetOptions
+from trl_moe_ext.tuners.targets.resolver import Resolver
+from trl_moe_ext.tuners.targets.tied import TiedNames
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Targets:
         parameters: bare parameters that PEFT wraps itself (a router's weight), as suffixes.
         words: what the saved config says in `target_modules`: the user's own words, or suffixes that name `linears`.
         excluded: modules that hold a projection that `exclude_modules` left out.
+        selection: modules of experts -> those that are trained; None if all are.
+        expert_ranks: modules of stacked experts -> expert -> rank, where they are not all trained with the same one.
+        linear_ranks: Linears of experts -> rank, where it is not that of all.
         router_bias: modules of stacked experts -> size of the bias that their router gets.
         is_dense: the model has no routed experts.
         anatomy: the parts of the model, for the summary.
@@ -43,6 +47,9 @@ class Targets:
     parameters: list[str] = field(default_factory=list)
     words: set[str] | str = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
+    selection: dict[str, tuple[int, ...]] | None = None
+    expert_ranks: dict[str, dict[int, int]] = field(default_factory=dict)
+    linear_ranks: dict[str, int] = field(default_factory=dict)
     router_bias: dict[str, int] = field(default_factory=dict)
     is_dense: bool = False
     anatomy: Anatomy = field(default_factory=Anatomy)
@@ -51,7 +58,7 @@ class Targets:
         return name in self.experts or name in self.expert_linears or name in self.linears
 
 
-def resolve_targets(config: MoeLoraConfig, model: Any) -> Targets:
+def resolve_targets(config: TargetOptions, model: Any) -> Targets:
     """Find what `config` asks for in `model`.
 
     Raises:
@@ -67,14 +74,18 @@ def resolve_targets(config: MoeLoraConfig, model: Any) -> Targets:
     resolver = Resolver(config, modules, anatomy, head)
     experts, expert_linears = resolver.experts()
     linears, saved, bare = resolver.linears()
+    selection = selected_experts(config, model, anatomy, modules)
+    expert_linears |= linears & anatomy.expert_linears.keys()
+    expert_linears = {name for name in expert_linears if is_trained(selection, anatomy, modules, name)}
     tied = TiedNames(modules)
     targets = Targets(
         experts={name: projections for first, projections in experts.items() for name in tied.of([first])},
-        expert_linears=tied.of(expert_linears | (linears & anatomy.expert_linears.keys())),
+        expert_linears=tied.of(expert_linears),
         linears=tied.of(linears - anatomy.expert_linears.keys()),
         parameters=[*resolver.other_parameters(), *bare],
         words=saved,
         excluded=resolver.excluded,
+        selection=_of_tied(selection, tied),
         is_dense=resolver.is_dense,
         anatomy=anatomy,
     )
@@ -87,6 +98,13 @@ def resolve_targets(config: MoeLoraConfig, model: Any) -> Targets:
         check_reading(modules[name], layout)
         check_block(modules.get(name.rpartition(".")[0], model), layout)
     return targets
+
+
+def _of_tied(selection: Selection | None, tied: TiedNames) -> Selection | None:
+    """The same for all names of modules that share their weights."""
+    if selection is None:
+        return None
+    return {name: experts for first, experts in selection.items() for name in tied.of([first])}
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from trl_moe_ext.experts.anatomy import is_down_projection
 from trl_moe_ext.experts.layout import ExpertsLayout, Projection
-from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
-from trl_moe_ext.tuners.moe_lora.words import EXPERT_WORDS
+from trl_moe_ext.tuners.targets.options import TargetOptions
+from trl_moe_ext.tuners.targets.words import EXPERT_WORDS
 
 
-def keeps(config: MoeLoraConfig, name: str) -> bool:
+def keeps(config: TargetOptions, name: str) -> bool:
     """Whether a module may be adapted."""
     probe = copy.copy(config)
     # PEFT applies the layer options only to names matched by their suffix.
@@ -21,12 +21,12 @@ def keeps(config: MoeLoraConfig, name: str) -> bool:
     return bool(check_target_module_exists(probe, name))
 
 
-def keeps_experts(config: MoeLoraConfig, name: str) -> bool:
+def keeps_experts(config: TargetOptions, name: str) -> bool:
     """The same for what holds the experts of a layer, whatever it is called."""
     return "experts" not in _excluded_words(config) and keeps(config, name)
 
 
-def keeps_projection(config: MoeLoraConfig, name: str, layout: ExpertsLayout, projection: Projection) -> bool:
+def keeps_projection(config: TargetOptions, name: str, layout: ExpertsLayout, projection: Projection) -> bool:
     """Whether one projection of a module of stacked experts may be adapted."""
     if isinstance(config.exclude_modules, str):
         return re.fullmatch(config.exclude_modules, f"{name}.{projection.name}") is None
@@ -50,5 +50,5 @@ def ends_with(name: str, path: str) -> bool:
     return not path or f".{name}".endswith(f".{path}")
 
 
-def _excluded_words(config: MoeLoraConfig) -> list[str]:
+def _excluded_words(config: TargetOptions) -> list[str]:
     return [] if isinstance(config.exclude_modules, str) else list(config.exclude_modules or ())

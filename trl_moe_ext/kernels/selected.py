@@ -1,0 +1,105 @@
+"""Updates that exist for some experts of a stack only: which rows they are for, on any device.
+
+Legend: E experts of the stack, G of them selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+
+class Runs(NamedTuple):
+    """The experts of a stack as R runs: each selected expert alone, and all that stand between two of them together.
+
+    A grouped product of compact factors takes one group a run, so that rows of the others need not be moved.
+
+    Attributes:
+        last: ``(R,)`` int64, the last expert of each run: ``offsets[last]`` are the ends of its rows.
+        of_selected: ``(G,)`` int64, the run of each selected expert.
+    """
+
+    last: Tensor
+    of_selected: Tensor
+
+    def spread(self, factors: Tensor, onto: Tensor | None = None) -> Tensor:
+        """``(G, m, n)`` factors of the selected experts to ``(R, m, n)``; the rest is what `onto` holds, or zero."""
+        if onto is None:
+            onto = factors.new_zeros(len(self.last), *factors.shape[1:])
+        return onto.index_copy_(0, self.of_selected, factors)
+
+    def collect(self, per_run: Tensor) -> Tensor:
+        """``(R, m, n)`` to the ``(G, m, n)`` of the selected experts."""
+        return per_run.index_select(0, self.of_selected)
+
+
+# The device, and what else stands alone.
+_Key = tuple[torch.device, tuple[tuple[int, ...], ...]]
+
+
+@dataclass(frozen=True)
+class SelectedExperts:
+    """Some experts of a stack, in ascending order; factors of an update have a row for each, in this order.
+
+    Attributes:
+        experts: their indices.
+        num_experts: E.
+    """
+
+    experts: tuple[int, ...]
+    num_experts: int
+    # What is selected never changes, so a device is sent it once.
+    _slots: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _runs: dict[_Key, Runs] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.experts, self.experts[1:], strict=False))
+        in_range = not self.experts or (self.experts[0] >= 0 and self.experts[-1] < self.num_experts)
+        if not (self.experts and ascending and in_range):
+            raise ValueError(f"{self.experts} are not ascending indices of {self.num_experts} experts")
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def slots(self, device: torch.device) -> Tensor:
+        """``(E,)`` int64: the place of each expert among the selected; G for one that is not."""
+        if _is_traced():
+            return self._make_slots(device)
+        if device not in self._slots:
+            self._slots[device] = self._make_slots(device)
+        return self._slots[device]
+
+    def runs(self, device: torch.device, others: Sequence[SelectedExperts] = ()) -> Runs:
+        """The runs of experts; those of `others`, which have none in common with these, stand alone as well."""
+        alone = tuple(other.experts for other in others)
+        if _is_traced():
+            return self._make_runs(device, alone)
+        if (device, alone) not in self._runs:
+            self._runs[device, alone] = self._make_runs(device, alone)
+        return self._runs[device, alone]
+
+    def is_apart_from(self, other: SelectedExperts) -> bool:
+        """Whether both have no expert in common."""
+        return not {*self.experts} & {*other.experts}
+
+    def _make_slots(self, device: torch.device) -> Tensor:
+        place = {expert: slot for slot, expert in enumerate(self.experts)}
+        return torch.tensor([place.get(expert, len(self)) for expert in range(self.num_experts)], device=device)
+
+    def _make_runs(self, device: torch.device, others: tuple[tuple[int, ...], ...]) -> Runs:
+        alone = {*self.experts}.union(*others)
+        ends = alone | {expert - 1 for expert in alone} | {self.num_experts - 1}
+        last = [expert for expert in range(self.num_experts) if expert in ends]
+        run_of = {expert: run for run, expert in enumerate(last)}
+        of_selected = [run_of[expert] for expert in self.experts]
+        return Runs(torch.tensor(last, device=device), torch.tensor(of_selected, device=device))
+
+
+def _is_traced() -> bool:
+    """Whether tensors stand for others: what is made then must not be kept, and what is kept not be used then."""
+    return torch.compiler.is_compiling() or detect_fake_mode() is not None

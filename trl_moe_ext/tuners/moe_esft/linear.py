@@ -1,0 +1,126 @@
+"""A Linear that is trained in full, by what is added to its weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from trl_moe_ext.errors import AdapterFileError, ConfigError
+from trl_moe_ext.tuners.moe_esft.config import MoeEsftConfig
+from trl_moe_ext.tuners.moe_esft.deltas import Deltas, EsftLayer
+
+
+class MoeEsftLinear(nn.Module, EsftLayer):
+    """Wraps an `nn.Linear`: ``y = base(x) + x D^T + d`` with the deltas D and d of the active adapters.
+
+    Its state dict has ``esft_delta.<adapter>.weight``, and ``bias`` where the Linear has one.
+    """
+
+    base_layer: nn.Linear
+
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: MoeEsftConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self._start(adapter_name)
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: MoeEsftConfig) -> None:
+        """Create the deltas of an adapter, of zero."""
+        own = self.base_layer.named_parameters(recurse=False)
+        self.esft_delta[adapter_name] = Deltas({name: p.shape for name, p in own}, self.base_layer.weight)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the wrapped Linear: ``(..., in)`` to ``(..., out)``, in the dtype that it returns."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ConfigError("one batch with several adapters (adapter_names) is not supported by moe_esft")
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for deltas in self._active():
+            weight, bias = deltas.of("weight"), deltas.of("bias")
+            assert weight is not None, "every adapter of a Linear has a delta of its weight"
+            y = y + F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(y.dtype)
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in)`` with the active deltas, through which gradients flow: some blocks read it and multiply."""
+        return self._with_deltas("weight", self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``(out,)`` with the active deltas; None without a bias."""
+        bias = self.base_layer.bias
+        return None if bias is None else self._with_deltas("bias", bias)
+
+    def _with_deltas(self, name: str, frozen: Tensor) -> Tensor:
+        total = frozen
+        for deltas in self._active():
+            delta = deltas.of(name)
+            total = total if delta is None else total + delta
+        return total.to(frozen.dtype)
+
+    def _active(self) -> list[Deltas]:
+        """The deltas that are to be added to what the wrapped Linear gives."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [self.esft_delta[name] for name in self._names() if name in self.esft_delta]  # type: ignore[misc]
+
+    def _names(self) -> list[str]:
+        names: list[str] = self.active_adapters  # type: ignore[assignment]
+        return names
+
+    # -- merging -----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active (or the named) adapters to the frozen weights.
+
+        Raises:
+            AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
+        """
+        self.check_mergeable(adapter_names, safe_merge)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.esft_delta:
+                self._add(name, 1)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), -1)
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what `merge` would raise; nothing is changed."""
+        for name in self._names() if adapter_names is None else adapter_names:
+            is_new = name in self.esft_delta and name not in self.merged_adapters
+            if safe_merge and is_new and not self._stays_finite(name):
+                raise AdapterFileError(
+                    f"adapter {name!r} would make weights of a Linear that are not finite (NaN or infinite); "
+                    "nothing was merged. Load an intact adapter"
+                )
+
+    def _stays_finite(self, adapter_name: str) -> bool:
+        return all(bool(torch.isfinite(frozen + delta).all()) for frozen, delta in self._pairs(adapter_name))
+
+    def _add(self, adapter_name: str, sign: int) -> None:
+        for frozen, delta in self._pairs(adapter_name):
+            frozen.copy_(frozen.to(delta.dtype) + sign * delta)
+
+    def _pairs(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each frozen weight and what the adapter adds to it, in float32 or wider, both outside of autograd."""
+        for name, delta in self.esft_delta[adapter_name].named_parameters():
+            frozen = self.base_layer.get_parameter(name).detach()
+            dtype = torch.promote_types(torch.promote_types(frozen.dtype, delta.dtype), torch.float32)
+            yield frozen, delta.detach().to(frozen.device, dtype)
+
+    def __repr__(self) -> str:
+        return "moe_esft." + super().__repr__()

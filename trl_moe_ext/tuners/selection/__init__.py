@@ -1,0 +1,1 @@
+"""Which experts of each layer an adapter is for: options, and what they mean for one model."""
