@@ -168,7 +168,7 @@ def test_a_failed_measurement_is_told_and_the_rest_is_kept(monkeypatch: pytest.M
     result = bench("layer", "--shape", "tiny-qwen3", "--peers", "frozen,moe_lora", *QUICK)
     assert result.exit_code == 1
     assert "Not measured: frozen, 512 tokens. Its process was ended by signal 9." in result.stdout
-    assert ["moe_lora", "500", "(500-500)", "1.00", "(1.00-1.00)", "-", "-", "1.00"] in map(
+    assert ["moe_lora", "500", "(500-500)", "1.00", "(1.00-1.00)", "-", "-", "1.00", "-"] in map(
         str.split, result.stdout.splitlines()
     )
     assert result.stderr.splitlines()[-1] == (

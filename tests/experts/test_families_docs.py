@@ -44,7 +44,7 @@ ROWS = {
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_type_stands_in_the_row_that_the_census_gives_it(model_type):
-    report = report_type(model_type, checks=[])
+    report = report_type(model_type, checks={})
     row = "ordinary LoRA" if report.experts == "Linears" else ROWS.get(report.read_from, "a record of their own")
     [line] = [line for line in DOCUMENT.splitlines() if line.startswith(f"| {row}")]
     assert re.search(rf"(?<![\w-]){model_type}(?![\w-])", line)

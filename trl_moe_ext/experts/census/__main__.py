@@ -18,12 +18,20 @@ from rich.table import Table
 
 from trl_moe_ext.experts.census.checks import CHECKS
 from trl_moe_ext.experts.census.discover import discover
+from trl_moe_ext.experts.census.esft_checks import ESFT_CHECKS
 from trl_moe_ext.experts.census.report import TypeReport, report_type
+
+TUNERS = {"moe_lora": CHECKS, "moe_esft": ESFT_CHECKS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks, print the table and what failed; 1 if anything did."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    known = TUNERS[options.tuner]
+    checks = {name: known[name] for name in options.checks or known if name in known}
+    if len(checks) < len(options.checks or checks):
+        parser.error(f"{options.tuner} has the checks {', '.join(known)}")
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -33,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         types = [*(() if options.composites else found.own), *found.composite]
         unbuilt = found.failed
     progress = Console(stderr=True)
-    reports = [report_type(t, options.checks) for t in track(types, "checking", console=progress, transient=True)]
+    reports = [report_type(t, checks) for t in track(types, "checking", console=progress, transient=True)]
     unbuilt |= {report.model_type: report.not_run for report in reports if report.not_run is not None}
     reports = [report for report in reports if report.not_run is None]
     if options.json:
         types = [report.as_dict() for report in reports]
         print(json.dumps({"transformers": transformers.__version__, "not_run": unbuilt, "types": types}))
     else:
-        _print(reports, unbuilt, options.checks)
+        _print(reports, unbuilt, list(checks))
     return int(any(report.failed for report in reports))
 
 
@@ -48,9 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m trl_moe_ext.experts.census", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all that have routed experts if none is given")
     parser.add_argument("--composites", action="store_true", help="only types that nest another one with experts")
-    parser.add_argument(
-        "--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="CHECK", help="default: all"
-    )
+    parser.add_argument("--tuner", choices=list(TUNERS), default="moe_lora", help="default: %(default)s")
+    parser.add_argument("--checks", nargs="+", metavar="CHECK", help="default: all that the tuner has")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_moe_ext.experts.layout import expert_weights, weight_view
+from trl_moe_ext.experts.layout import Projection, expert_weights, weight_view
+from trl_moe_ext.kernels.lora_linear import LowRank
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
 
@@ -52,17 +53,21 @@ def _rows(layer: MoeLoraExperts) -> tuple[list[int], dict[str, Tensor]]:
 
 
 def _tokens_reference(layer: MoeLoraExperts, index: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
-    updates = {f"{p.role}_updates": layer.updates("default", p) for p in layer.layout.projections}
+    updates = {f"{p.role}_updates": (_low_rank(layer, p),) for p in layer.layout.projections}
     stacks = expert_weights(layer.get_base_layer(), layer.layout)
     return experts_mlp_reference(hidden, index, weights, stacks, **updates)
 
 
 def _rows_reference(layer: MoeLoraExperts, sizes: list[int], rows: Tensor) -> Tensor:
     (projection,) = layer.layout.projections
-    (update,) = layer.updates("default", projection)
-    weight = weight_view(layer.get_base_layer(), projection, layer.layout)
+    weight, update = weight_view(layer.get_base_layer(), projection, layer.layout), _low_rank(layer, projection)
     merged = weight.mT + update.scaling * (update.B @ update.A)
     return torch.cat([F.linear(x, merged[expert]) for expert, x in enumerate(torch.split(rows, sizes))])
+
+
+def _low_rank(layer: MoeLoraExperts, projection: Projection) -> LowRank:
+    A, B = (getattr(side["default"], projection.name) for side in (layer.lora_A, layer.lora_B))
+    return LowRank(A, B, layer.scaling["default"])
 
 
 def _with_gradients(out: Tensor, leaves: dict[str, Tensor], layer: MoeLoraExperts) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trl_moe_ext.experts.layout import stack_of
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
+from trl_moe_ext.tuners.moe_lora.factors import each_expert
 
 
 def merged_output(adapted: PeftModel, stock: nn.Module, output: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -48,13 +49,16 @@ def _merged(layer: BaseTunerLayer) -> dict[str, Tensor]:
 def _merged_stacks(layer: MoeLoraExperts, base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for projection in layer.layout.projections:
         stack = stack_of(base, projection)
-        updates = layer.updates("default", projection)
-        if not updates:
+        # Each expert's product by itself, from the parameters: nothing of what hands them to the kernels.
+        factors = layer.rank_classes["default"], layer.lora_A["default"], layer.lora_B["default"]
+        products = {
+            expert: layer.lora_alpha["default"] / each.rank * (B @ A)
+            for expert, each, A, B in each_expert(*factors, projection, layer.layout.num_experts)
+        }
+        if not products:
             continue
-        delta = stack.new_zeros(layer.layout.num_experts, projection.out_features, projection.in_features)
-        for update in updates:
-            experts = range(len(delta)) if update.selected is None else update.selected.experts
-            delta = delta.index_add(0, torch.tensor(experts), update.scaling * (update.B @ update.A))
+        none = stack.new_zeros(projection.out_features, projection.in_features)
+        delta = torch.stack([products.get(expert, none) for expert in range(layer.layout.num_experts)])
         delta = (delta.mT if projection.is_transposed else delta).reshape(-1, *stack.shape[1:])
         # Behind the experts there may be rows that none of them uses.
         unused = delta.new_zeros(len(stack) - len(delta), *stack.shape[1:])

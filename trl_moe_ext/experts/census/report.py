@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from trl_moe_ext.errors import MoeExtError
-from trl_moe_ext.experts.census.checks import CHECKS
 from trl_moe_ext.experts.census.tensors import inputs
 from trl_moe_ext.experts.census.tiny import skeleton
 from trl_moe_ext.experts.finding import find_experts
@@ -43,7 +42,7 @@ class TypeReport:
         return asdict(self)
 
 
-def report_type(model_type: str, checks: Sequence[str]) -> TypeReport:
+def report_type(model_type: str, checks: Mapping[str, Callable[[str], None]]) -> TypeReport:
     """Run `checks` on a type. Whatever goes wrong is the type's result: one family must not stop the others."""
     try:
         model = skeleton(model_type)
@@ -52,12 +51,12 @@ def report_type(model_type: str, checks: Sequence[str]) -> TypeReport:
     except MoeExtError as error:
         return TypeReport(model_type, "-", "-", not_run=str(error))
     results: dict[str, str | None] = {}
-    for check in checks:
+    for name, check in checks.items():
         try:
-            CHECKS[check](model_type)
-            results[check] = None
+            check(model_type)
+            results[name] = None
         except Exception as error:
-            results[check] = f"{type(error).__name__}: {error}"
+            results[name] = f"{type(error).__name__}: {error}"
     return TypeReport(model_type, *kind, results)
 
 

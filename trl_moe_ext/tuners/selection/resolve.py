@@ -33,14 +33,14 @@ def selected_experts(
         ConfigError: the profile is of another model, a module or an expert is named that there is not, or the experts
             of this model cannot be told apart.
     """
-    if not config.selects_experts:
-        return None
+    says_how_many = config.expert_coverage is not None or config.experts_per_layer is not None
+    if config.selected_experts is None and not says_how_many:
+        return None  # a profile without a number is for ranks
     sizes = _sizes(anatomy, modules)
     if config.selected_experts is not None:
         return _checked(config.selected_experts, sizes)
     profile = read_profile(config, model)
-    if profile is None or (config.expert_coverage is None and config.experts_per_layer is None):
-        return None  # the profile is for ranks
+    assert profile is not None, "the config has checked that there is one"
     chosen = {name: _choose(config, layer) for layer in profile.layers for name in layer.experts}
     _tell_of_others(profile, sizes.keys() - chosen.keys())
     return _checked(chosen, sizes)

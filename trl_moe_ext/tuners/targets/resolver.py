@@ -65,7 +65,7 @@ class Resolver:
         return self._stacks, self._linears
 
     def _names_others(self, word: str) -> bool:
-        """Whether a word names modules beside the experts, as ``mlp.up_proj`` where the block holds the experts too."""
+        """Whether a word names modules beside the experts: ``mlp.up_proj`` in a block that holds experts as well."""
         return any(ends_with(name, word) for name in self.modules if name not in self.anatomy.expert_linears)
 
     def _add(self, path: str, wanted: set[str]) -> None:
