@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_moe_ext import MoeEsftConfig, MoeLoraConfig
 from trl_moe_ext.cli.main import app
+from trl_moe_ext.files import write_atomically
 from trl_moe_ext.profiles.profile import ExpertProfile
 
 HERE = Path(__file__).resolve().parent
@@ -158,7 +159,7 @@ class Runs:
             for future in as_completed([pool.submit(run, subject, *each, profile) for each in missing]):
                 self.done.append(future.result())
                 print(self.done[-1], flush=True)
-                self._path.write_text(json.dumps([asdict(each) for each in self.done], indent=1))
+                write_atomically(self._path, json.dumps([asdict(each) for each in self.done], indent=1))
 
     def best_rate(self, variant: str) -> float:
         tried = [each for each in self.done if each.variant == variant and each.seed == SEARCH_SEED]

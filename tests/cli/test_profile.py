@@ -201,6 +201,10 @@ def test_another_column_and_rows_without_a_token() -> None:
     assert [tokenizer.batch_decode(batch["input_ids"]) for batch in batches] == [["One.", "Two."], ["Thre"]]
 
 
+def first_batch(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    return next(token_batches([row], tokenizer, text_column="text", batch_size=1, max_length=8))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -208,24 +212,25 @@ def test_another_column_and_rows_without_a_token() -> None:
         ({"prompt": CHAT[:1], "answer": "hoots"}, "prompts without completions"),
         ({"prompt": "An owl"}, "the rows have the columns prompt: neither"),
         ({"images": [], "messages": CHAT}, "the data set has images"),
-        ({"messages": []}, "a row of the data set cannot be made into text: IndexError"),
-        ({"text": None}, "a row of the data set cannot be made into text: ValueError: text is None"),
+        ({"messages": []}, "row 1 of the data set cannot be made into text: IndexError"),
+        ({"text": None}, "row 1 of the data set cannot be made into text: ValueError: text is None"),
+        ({"input_ids": [3, 10**6]}, "row 1 of the data set has the token 1000000, and the tokenizer .* knows"),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        token_ids(row, byte_tokenizer(), "text")
+        first_batch(row, byte_tokenizer())
 
 
 def test_a_chat_for_a_tokenizer_without_a_template() -> None:
     with pytest.raises(ConfigError, match="the rows are chats, and the tokenizer of the model has no chat template"):
-        token_ids({"messages": CHAT}, byte_tokenizer(chat_template=None), "text")
+        first_batch({"messages": CHAT}, byte_tokenizer(chat_template=None))
 
 
 def test_a_chat_that_the_template_refuses() -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match="TemplateError: roles must alternate"):
-        token_ids({"messages": CHAT}, byte_tokenizer(chat_template=template), "text")
+        first_batch({"messages": CHAT}, byte_tokenizer(chat_template=template))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

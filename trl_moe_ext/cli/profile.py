@@ -192,7 +192,8 @@ def _next_command(found: ExpertProfile, source: Source, model: str, out: Path) -
         *(["--dataset_config", source.config] if source.config else []),
         *(["--dataset_train_split", source.split] if source.split != "train" else []),
         *(["--dataset_text_field", source.text_column] if source.text_column != "text" else []),
-        *(["--dataset_streaming"] if source.streaming else []),
+        # Nobody knows how many rows a stream has.
+        *(["--dataset_streaming", "--max_steps", "1000"] if source.streaming else []),
         *("--peft_type", "moe_lora", "--moe_expert_selection", f"profile:{out}"),
         *("--moe_experts_per_layer", str(quarter(max(layer.num_experts for layer in found.layers)))),
         *("--output_dir", f"out/{Path(directory).resolve().name}"),

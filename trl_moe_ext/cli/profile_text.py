@@ -40,7 +40,8 @@ def token_batches(
         ``input_ids`` and ``attention_mask``, each ``(B, L)``.
     """
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    sequences = (ids for row in rows if (ids := token_ids(row, tokenizer, text_column)[:max_length]))
+    numbered = (_ids_of(number, row, tokenizer, text_column) for number, row in enumerate(rows, start=1))
+    sequences = (ids[:max_length] for ids in numbered if ids)
     while batch := list(islice(sequences, batch_size)):
         length = max(map(len, batch))
         yield {
@@ -49,11 +50,33 @@ def token_batches(
         }
 
 
+def _ids_of(number: int, row: dict[str, Any], tokenizer: Any, text_column: str) -> list[int]:
+    """The tokens of a row, which is named if it has none that the model could take."""
+    try:
+        ids = token_ids(row, tokenizer, text_column)
+    except RowError as error:
+        raise ConfigError(
+            f"row {number} of the data set cannot be made into text: {error}; remove or mend it"
+        ) from error
+    largest = max(ids, default=0)
+    if largest >= len(tokenizer):
+        raise ConfigError(
+            f"row {number} of the data set has the token {largest}, and the tokenizer of the model knows "
+            f"{len(tokenizer)}: it was made with another tokenizer; give the data set as text"
+        )
+    return ids
+
+
+class RowError(ValueError):
+    """A row that is no text."""
+
+
 def token_ids(row: dict[str, Any], tokenizer: Any, text_column: str) -> list[int]:
     """The tokens of one row, all of its text: a chat, a prompt with its completion, a text, or ``input_ids``.
 
     Raises:
-        ConfigError: the row is none of that, has images, or its chat does not suit the tokenizer's template.
+        ConfigError: the row is none of that, or has images.
+        RowError: what is in it is no text, or does not suit the tokenizer's template.
     """
     if "input_ids" in row:
         return list(row["input_ids"])
@@ -70,7 +93,7 @@ def token_ids(row: dict[str, Any], tokenizer: Any, text_column: str) -> list[int
         if isinstance(error, ConfigError):
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"a row of the data set cannot be made into text: {told}") from error
+        raise RowError(told) from error
     return ids
 
 

@@ -30,6 +30,8 @@ def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any
                 script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
             )
         )
+    except StopIteration as error:
+        raise ConfigError(f"--dataset_name {script.dataset_name} has a file without rows; remove it") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         name = "datasets" if mixture.datasets else f"--dataset_name {script.dataset_name}"
         raise ConfigError(f"{name} cannot be loaded: {str(error).strip() or type(error).__name__}") from error

@@ -121,7 +121,7 @@ class MoeModelConfig(ModelConfig):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "moe_lora, moe_esft: what of a profile the experts are ordered by: 'token_share' (if not given), "
-            "the part of the tokens, or 'gate_score', the mean weight.",
+            "the part of the choices, or 'gate_score', the mean weight.",
             "metavar": "{token_share,gate_score}",
         },
     )

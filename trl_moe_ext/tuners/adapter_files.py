@@ -13,6 +13,7 @@ from trl_moe_ext.errors import AdapterFileError
 from trl_moe_ext.tuners.selection.indices import SelectedIndices
 
 _SHOWN = 3
+_OTHER_EXPERTS = "of other experts than the model trains"
 
 
 def check_adapter_state(
@@ -38,7 +39,7 @@ def check_adapter_state(
         *_listed("missing from the file", sorted(expected.keys() - found.keys())),
         *_listed("not in the model", sorted(found.keys() - expected.keys())),
         *_listed("of another shape", _other_shapes(expected, found)),
-        *_listed("of other experts than the model trains", _other_experts(expected, found)),
+        *_listed(_OTHER_EXPERTS, _other_experts(expected, found)),
     )
     _refuse_unless_finite(adapter_name, state)  # copies of routers too
 
@@ -93,7 +94,7 @@ def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) ->
     _refuse_unless_fitting(
         adapter_name,
         *_listed("missing from the file", sorted(missing)),
-        *_listed("of other experts than the model trains", others),
+        *_listed(_OTHER_EXPERTS, others),
     )
     state = model.state_dict()
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
@@ -111,6 +112,12 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
 
 
 def _refuse_unless_fitting(adapter_name: str, *problems: str) -> None:
+    if any(_OTHER_EXPERTS in problem or "_selected" in problem for problem in problems):
+        raise AdapterFileError(
+            f"adapter {adapter_name!r} trains other experts than this run: " + "; ".join(problems[::-1]) + ". Choose "
+            "those that it was trained with: selected_experts in its adapter_config.json, or the profile and the "
+            "options that they came from"
+        )
     if problems:
         raise AdapterFileError(
             f"adapter {adapter_name!r} is not for this model: " + "; ".join(problems) + ". Load it on the model that "

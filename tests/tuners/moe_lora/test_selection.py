@@ -163,10 +163,15 @@ def test_experts_that_there_are_not(stock, selected, message):
         ({"expert_selection": "profile:p.json"}, "does not say how many"),
         ({"expert_coverage": 0.5}, "no effect without a profile"),
         ({"expert_selection": "profile:p.json", "expert_coverage": 0.5, "experts_per_layer": 2}, "leave one of them"),
-        ({"expert_selection": "profile:p.json", "expert_coverage": 1.5}, "not a part of the tokens"),
+        ({"expert_selection": "profile:p.json", "expert_coverage": 1.5}, "not a part of the choices"),
         ({"expert_selection": "profile:p.json", "experts_per_layer": 0}, "not a number of experts"),
         ({"expert_selection": "profile:p.json", "experts_per_layer": 2, "expert_score": "share"}, "did you mean"),
         ({"expert_rank": "by_share"}, "no effect without a profile"),
+        ({"expert_rank": "by_share", "expert_selection": "profile:p.json", "r": 1}, "no effect with rank 1"),
+        ({"expert_score": "gate_score"}, "no effect without a profile"),
+        ({"expert_selection": None}, "is unknown"),
+        ({"selected_experts": {LAYERS[0]: 3}}, "use a list"),
+        ({"selected_experts": {LAYERS[0]: [True]}}, "use a list"),
         ({"expert_rank": "by_use"}, "did you mean|known"),
         ({"selected_experts": SELECTED, "moe_target": ["attention"]}, "leaves the experts out"),
         ({"selected_experts": SELECTED, "expert_selection": "profile:p.json", "experts_per_layer": 1}, "both say"),
@@ -175,6 +180,21 @@ def test_experts_that_there_are_not(stock, selected, message):
 def test_options_that_contradict_each_other(options, message):
     with pytest.raises(ConfigError, match=message):
         MoeLoraConfig(**options)
+
+
+def test_layers_that_a_choice_by_hand_does_not_name_are_told(stock):
+    with pytest.warns(UserWarning, match=r"names none of the experts in model.layers.1.mlp.experts.* all of them are"):
+        adapted(stock, selected_experts={LAYERS[0]: [1]})
+
+
+def test_a_selection_of_all_is_told(stock, profile):
+    with pytest.warns(UserWarning, match="leaves no expert out"):
+        adapted(stock, expert_selection=f"profile:{profile[1]}", experts_per_layer=99)
+
+
+def test_a_rank_for_an_expert_that_is_not_selected(stock):
+    with pytest.raises(ConfigError, match=r"names expert 2 of .*, which is not selected"):
+        adapted(stock, selected_experts=SELECTED, rank_pattern={"layers.0.mlp.experts.2": 8})
 
 
 def test_a_profile_of_another_model_is_refused_and_leaves_the_model_as_it_was(stock, profile):

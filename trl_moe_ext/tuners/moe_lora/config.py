@@ -94,6 +94,10 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
         check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
         check_words("expert_rank", [self.expert_rank], EXPERT_RANKS)
         self.check_selection(ranks_by_share=self.expert_rank == "by_share")
+        if self.expert_rank == "by_share" and (self.expert_r or self.r) == 1:
+            raise ConfigError(
+                "expert_rank='by_share' has no effect with rank 1, which has no smaller one; use expert_r=4"
+            )
         if self.expert_rank == "by_share" and self.profile_path is None:
             raise ConfigError(
                 "expert_rank='by_share' has no effect without a profile; add expert_selection=profile:<file>, see "

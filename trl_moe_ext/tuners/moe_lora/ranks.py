@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.selection.resolve import (
     expert_of,
@@ -44,6 +45,8 @@ def settle_ranks(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> N
     layouts = targets.anatomy.experts | targets.anatomy.other_experts
     for name in targets.experts:
         experts = None if targets.selection is None else targets.selection.get(name)
+        if experts is not None:
+            _refuse_ranks_of_others(config.rank_pattern, name, experts, layouts[name].num_experts)
         found = ranks_of_experts(
             config.rank_pattern, name, experts, _rank_of_module(config, name), layouts[name].num_experts
         )
@@ -65,6 +68,19 @@ def patterns_of_modules(config: MoeLoraConfig, targets: Targets) -> dict[str, in
         for key, rank in config.rank_pattern.items()
         if not is_of_expert or any(re.match(rf"(.*\.)?({key})$", name) for name in names)
     }
+
+
+def _refuse_ranks_of_others(
+    patterns: Mapping[str, int], module: str, experts: Sequence[int], num_experts: int
+) -> None:
+    """A rank that somebody wrote for an expert that is not trained."""
+    for expert in {*range(num_experts)} - {*experts}:
+        key = pattern_of_expert(patterns, module, expert)
+        if key is not None and not any(pattern_of_expert({key: 1}, module, trained) for trained in experts):
+            raise ConfigError(
+                f"rank_pattern names expert {expert} of {module!r} ({key!r}), which is not selected; leave it out, or "
+                "select the expert"
+            )
 
 
 def _rank_of_module(config: MoeLoraConfig, name: str) -> int:

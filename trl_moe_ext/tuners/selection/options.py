@@ -20,8 +20,8 @@ class ExpertSelectionOptions:
     Args:
         expert_selection: ``all``, or ``profile:<file>`` with a file of ``trl-moe profile``: the experts that the data
             uses most.
-        expert_coverage: with a profile, the fewest experts of each layer to which this part of the tokens goes, above
-            0 and at most 1.
+        expert_coverage: with a profile, the fewest experts of each layer on which this part of the choices falls (each
+            token makes top-k), above 0 and at most 1.
         experts_per_layer: with a profile, in place of `expert_coverage`: so many experts of each layer.
         expert_score: what use is measured by: ``token_share``, the part of the choices, or ``gate_score``, the mean
             weight.
@@ -34,7 +34,7 @@ class ExpertSelectionOptions:
         default=ALL, metadata={"help": "Which routed experts to train: all, or profile:<file> of `trl-moe profile`"}
     )
     expert_coverage: float | None = field(
-        default=None, metadata={"help": "With a profile: the fewest experts that get this part of the tokens"}
+        default=None, metadata={"help": "With a profile: the fewest experts that get this part of the choices"}
     )
     experts_per_layer: int | None = field(
         default=None, metadata={"help": "With a profile: how many experts of each layer"}
@@ -67,7 +67,7 @@ class ExpertSelectionOptions:
         Raises:
             ConfigError: see above.
         """
-        path = self.profile_path
+        path = self.profile_path if isinstance(self.expert_selection, str) else None
         if self.expert_selection != ALL and (path is None or not path.name):
             raise ConfigError(
                 f"expert_selection={self.expert_selection!r} is unknown; use 'all', or 'profile:<file>' with a file "
@@ -76,6 +76,11 @@ class ExpertSelectionOptions:
         if self.expert_score not in SCORES:
             raise ConfigError(
                 f"expert_score={self.expert_score!r} is unknown; {near_matches(self.expert_score, SCORES)}"
+            )
+        if self.expert_score != SCORES[0] and path is None:
+            raise ConfigError(
+                f"expert_score={self.expert_score!r} has no effect without a profile; add "
+                "expert_selection=profile:<file>, or leave it out"
             )
         self._check_amount(path, ranks_by_share)
         self._check_selected(self.selected_experts)
@@ -96,14 +101,14 @@ class ExpertSelectionOptions:
         if path is not None and not given and not ranks_by_share:
             raise ConfigError(
                 f"expert_selection={self.expert_selection!r} does not say how many experts; add expert_coverage (0.5: "
-                "the fewest that get half of the tokens) or experts_per_layer"
+                "the fewest that get half of the choices) or experts_per_layer"
             )
         coverage, number = self.expert_coverage, self.experts_per_layer
         if coverage is not None and not (_is_number(coverage) and 0 < coverage <= 1):
             raise ConfigError(
-                f"expert_coverage={coverage!r} is not a part of the tokens; use a number above 0, at most 1"
+                f"expert_coverage={coverage!r} is not a part of the choices; use a number above 0, at most 1"
             )
-        if number is not None and not (isinstance(number, int) and not isinstance(number, bool) and number >= 1):
+        if number is not None and not (_is_index(number) and number >= 1):
             raise ConfigError(f"experts_per_layer={number!r} is not a number of experts; use an integer of at least 1")
 
     def _check_selected(self, selected: Any) -> None:
@@ -112,12 +117,13 @@ class ExpertSelectionOptions:
         if not isinstance(selected, dict) or not selected:
             raise ConfigError(f"selected_experts={selected!r} is not a dict from modules of experts to their indices")
         for name, experts in selected.items():
-            if (
-                not experts
-                or len({*experts}) != len(experts)
-                or not all(isinstance(e, int) and e >= 0 for e in experts)
-            ):
+            is_list = isinstance(experts, list | tuple) and all(_is_index(expert) for expert in experts)
+            if not is_list or not experts or len({*experts}) != len(experts):
                 raise ConfigError(f"selected_experts[{name!r}]={experts!r}: use a list of different indices from 0")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_number(value: object) -> bool:

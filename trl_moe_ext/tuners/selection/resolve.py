@@ -16,6 +16,7 @@ from trl_moe_ext.profiles.profile import ExpertProfile, LayerUse
 from trl_moe_ext.tuners.selection.options import ExpertSelectionOptions
 
 Selection = dict[str, tuple[int, ...]]
+_SHOWN = 3
 
 
 def selected_experts(
@@ -38,11 +39,20 @@ def selected_experts(
         return None  # a profile without a number is for ranks
     sizes = _sizes(anatomy, modules)
     if config.selected_experts is not None:
-        return _checked(config.selected_experts, sizes)
+        selection = _checked(config.selected_experts, sizes)
+        others = {name for name in (*anatomy.experts, *anatomy.expert_linears.values()) if name not in selection}
+        if others and getattr(config, "saved_with", None) is None:
+            _tell_of("selected_experts names none", others)
+        return selection
     profile = read_profile(config, model)
     assert profile is not None, "the config has checked that there is one"
     chosen = {name: _choose(config, layer) for layer in profile.layers for name in layer.experts}
-    _tell_of_others(profile, sizes.keys() - chosen.keys())
+    others = sizes.keys() - chosen.keys()
+    if others:
+        reason = next((profile.left_out[name] for name in sorted(others) if name in profile.left_out), "not profiled")
+        _tell_of(f"the profile tells nothing ({reason})", others)
+    if all(len(experts) == sizes[name] for name, experts in chosen.items() if name in sizes):
+        warnings.warn("the selection leaves no expert out: all of them are trained", stacklevel=2)
     return _checked(chosen, sizes)
 
 
@@ -147,11 +157,10 @@ def _checked(selected: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) ->
     return {name: tuple(sorted(experts)) for name, experts in selected.items()}
 
 
-def _tell_of_others(profile: ExpertProfile, others: set[str]) -> None:
-    if others:
-        reason = next((profile.left_out[name] for name in sorted(others) if name in profile.left_out), "not profiled")
-        warnings.warn(
-            f"the profile tells nothing of the experts in {', '.join(sorted(others)[:3])} ({reason}): all of them are "
-            "trained there. To leave them frozen use exclude_modules",
-            stacklevel=2,
-        )
+def _tell_of(what: str, others: set[str]) -> None:
+    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+    warnings.warn(
+        f"{what} of the experts in {', '.join(sorted(others)[:_SHOWN])}{more}: where these are adapted, all of them "
+        "are trained. To leave them frozen use exclude_modules",
+        stacklevel=2,
+    )
