@@ -112,7 +112,10 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
 
 
 def _refuse_unless_fitting(adapter_name: str, *problems: str) -> None:
-    if any(_OTHER_EXPERTS in problem or "_selected" in problem for problem in problems):
+    of_tensors = [problem for problem in problems if not problem.startswith("of another shape")]
+    if any(p.startswith(_OTHER_EXPERTS) for p in problems) or (
+        of_tensors and all("_selected." in name for p in of_tensors for name in p.split(", "))
+    ):
         raise AdapterFileError(
             f"adapter {adapter_name!r} trains other experts than this run: " + "; ".join(problems[::-1]) + ". Choose "
             "those that it was trained with: selected_experts in its adapter_config.json, or the profile and the "

@@ -65,8 +65,10 @@ def merge(model_type: str) -> None:
     before, classes = copy.deepcopy(stock.state_dict()), [type(m) for m in stock.modules()]
     model = _adapted(stock)
     expected = _output(model)
+    base = _disabled(model)
     model.merge_adapter()
     _close(_output(model), expected, "output with merged weights")
+    _close(_disabled(copy.deepcopy(model)), base, "output without the adapter while it is merged")
     model.unmerge_adapter()
     _close(_output(model), expected, "output after unmerging")
     merged = model.merge_and_unload(safe_merge=True)
@@ -207,6 +209,11 @@ def _adapted(stock: nn.Module, **options: Any) -> PeftModel:
     if not is_new:
         randomise_factors(model, "default", seed=3)
     return model
+
+
+def _disabled(model: PeftModel) -> Tensor:
+    with model.disable_adapter():
+        return _output(model)
 
 
 def _output(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from trl_moe_ext.experts.census.checks import (
     CheckError,
     _close,
     _close_gradients,
+    _disabled,
     _equal,
     _gradients,
     _output,
@@ -73,10 +74,11 @@ def merge(model_type: str) -> None:
     before, classes = copy.deepcopy(stock.state_dict()), [type(m) for m in stock.modules()]
     model = _adapted(stock, model_type)
     expected = _output(model)
-    unchosen = _rows_of_others(model)
+    unchosen, base = _rows_of_others(model), _disabled(model)
     model.merge_adapter()
     _close(_output(model), expected, "output with merged weights")
     _same_rows(model, unchosen, "merging")
+    _close(_disabled(copy.deepcopy(model)), base, "output without the adapter while it is merged")
     model.unmerge_adapter()
     _close(_output(model), expected, "output after unmerging")
     _same_rows(model, unchosen, "unmerging")

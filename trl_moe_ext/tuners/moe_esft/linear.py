@@ -42,8 +42,9 @@ class MoeEsftLinear(nn.Module, EsftLayer):
         """As the wrapped Linear: ``(..., in)`` to ``(..., out)``, in the dtype that it returns."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ConfigError("one batch with several adapters (adapter_names) is not supported by moe_esft")
+        active = self._active()  # first: it may take a merged adapter out of the frozen weights
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        for deltas in self._active():
+        for deltas in active:
             weight, bias = deltas.of("weight"), deltas.of("bias")
             assert weight is not None, "every adapter of a Linear has a delta of its weight"
             y = y + F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(y.dtype)

@@ -36,6 +36,12 @@ class MoeEsftModel(ExpertsTuner):
         targets = super()._targets(config)
         if (targets.experts or targets.expert_linears) and not config.selection_is_given:
             raise ConfigError(f"target_modules={config.target_modules!r} names routed experts, and {NO_SELECTION}")
+        unchosen = sorted(targets.experts.keys() - (targets.selection or targets.experts).keys())
+        if unchosen:
+            raise ConfigError(
+                f"no experts are chosen of {unchosen[0]!r}, and moe_esft would train all of them in full; leave the "
+                "module out with exclude_modules, or choose experts with selected_experts"
+            )
         _refuse_other_than_linears(targets, self.model)
         return targets
 

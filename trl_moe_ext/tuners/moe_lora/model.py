@@ -15,7 +15,7 @@ from trl_moe_ext.tuners.experts_tuner import ExpertsTuner
 from trl_moe_ext.tuners.moe_lora.biased_routers import bias_sizes, hook_biased_routers
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
-from trl_moe_ext.tuners.moe_lora.ranks import patterns_of_modules, settle_ranks
+from trl_moe_ext.tuners.moe_lora.ranks import settle_ranks
 from trl_moe_ext.tuners.moe_lora.router import MoeLoraRouter
 from trl_moe_ext.tuners.moe_lora.router_bias import remove_hooks
 from trl_moe_ext.tuners.moe_lora.router_mode import modules_to_save
@@ -33,7 +33,7 @@ class MoeLoraModel(ExpertsTuner, LoraModel):  # type: ignore[misc]
 
     def _targets(self, config: MoeLoraConfig) -> Targets:
         targets = super()._targets(config)
-        settle_ranks(config, targets, self.model)
+        targets.module_ranks = settle_ranks(config, targets, self.model)
         saved = modules_to_save(config, targets, self.model)
         targets.router_bias = bias_sizes(targets, self.model) if config.router_bias else {}
         config.modules_to_save = saved
@@ -45,7 +45,7 @@ class MoeLoraModel(ExpertsTuner, LoraModel):  # type: ignore[misc]
         # What the user named stays in the saved config, expert stacks too; `_inject_parameters` leaves those out.
         peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *targets.parameters}) or None
         for_peft = copy.copy(peft_config)
-        for_peft.rank_pattern = patterns_of_modules(peft_config, targets)
+        for_peft.rank_pattern = targets.module_ranks
         return for_peft
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
@@ -37,20 +36,13 @@ def selected_experts(
     says_how_many = config.expert_coverage is not None or config.experts_per_layer is not None
     if config.selected_experts is None and not says_how_many:
         return None  # a profile without a number is for ranks
-    sizes = _sizes(anatomy, modules)
+    _refuse_rows(anatomy, modules)
+    sizes = sizes_of_experts(anatomy, modules)
     if config.selected_experts is not None:
-        selection = _checked(config.selected_experts, sizes)
-        others = {name for name in (*anatomy.experts, *anatomy.expert_linears.values()) if name not in selection}
-        if others and getattr(config, "saved_with", None) is None:
-            _tell_of("selected_experts names none", others)
-        return selection
+        return _checked(config.selected_experts, sizes)
     profile = read_profile(config, model)
     assert profile is not None, "the config has checked that there is one"
     chosen = {name: _choose(config, layer) for layer in profile.layers for name in layer.experts}
-    others = sizes.keys() - chosen.keys()
-    if others:
-        reason = next((profile.left_out[name] for name in sorted(others) if name in profile.left_out), "not profiled")
-        _tell_of(f"the profile tells nothing ({reason})", others)
     if all(len(experts) == sizes[name] for name, experts in chosen.items() if name in sizes):
         warnings.warn("the selection leaves no expert out: all of them are trained", stacklevel=2)
     return _checked(chosen, sizes)
@@ -63,29 +55,6 @@ def read_profile(config: ExpertSelectionOptions, model: nn.Module) -> ExpertProf
     profile = ExpertProfile.load(config.profile_path)
     check_profile(profile, model)
     return profile
-
-
-def ranks_of_experts(
-    patterns: Mapping[str, int], module: str, experts: Sequence[int] | None, rank: int, num_experts: int
-) -> dict[int, int] | None:
-    """The rank of each trained expert of a module; None if all experts are trained with `rank`.
-
-    Args:
-        patterns: `rank_pattern`, whose keys may name an expert: ``layers.3.mlp.experts.17``.
-        module: name of the module of experts.
-        experts: those that are trained, None for all.
-        rank: of experts that no pattern names.
-        num_experts: E.
-    """
-    own = {e: patterns[k] for e in range(num_experts) if (k := pattern_of_expert(patterns, module, e)) is not None}
-    if experts is None and not own:
-        return None
-    return {expert: own.get(expert, rank) for expert in (range(num_experts) if experts is None else experts)}
-
-
-def pattern_of_expert(patterns: Mapping[str, int], module: str, expert: int) -> str | None:
-    """The key of `rank_pattern` that names an expert, found as PEFT finds that of a module."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", f"{module}.{expert}")), None)
 
 
 def patterns_by_share(
@@ -122,18 +91,23 @@ def expert_of(modules: Mapping[str, nn.Module], container: str, name: str) -> in
     return [each for each, _ in modules[container].named_children()].index(child)
 
 
-def _sizes(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Modules of experts -> how many they hold."""
+def sizes_of_experts(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Modules of experts -> how many they hold; those that are rows of larger matrices are left out."""
     stacks = anatomy.experts | anatomy.other_experts
     sizes = {name: layout.num_experts for name, layout in stacks.items()}
+    for name in {*anatomy.expert_linears.values()}:
+        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+            sizes[name] = len(list(modules[name].children()))
+    return sizes
+
+
+def _refuse_rows(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> None:
     for name in {*anatomy.expert_linears.values()}:
         if not isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
             raise ConfigError(
                 f"the experts of {name!r} ({type(modules[name]).__name__}) are rows of larger matrices and cannot be "
                 "selected one by one; use expert_selection='all'"
             )
-        sizes[name] = len(list(modules[name].children()))
-    return sizes
 
 
 def _choose(config: ExpertSelectionOptions, layer: LayerUse) -> tuple[int, ...]:
@@ -157,10 +131,25 @@ def _checked(selected: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) ->
     return {name: tuple(sorted(experts)) for name, experts in selected.items()}
 
 
-def _tell_of(what: str, others: set[str]) -> None:
-    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-    warnings.warn(
-        f"{what} of the experts in {', '.join(sorted(others)[:_SHOWN])}{more}: where these are adapted, all of them "
-        "are trained. To leave them frozen use exclude_modules",
-        stacklevel=2,
-    )
+def tell_of_unchosen(config: ExpertSelectionOptions, adapted: Set[str], selection: Selection) -> None:
+    """Warn of what a selection does not do: modules that it does not name, and names that nothing is adapted of.
+
+    Args:
+        config: of the adapter.
+        adapted: modules of experts that are.
+        selection: modules of experts -> those that are chosen.
+    """
+    unchosen, unadapted = sorted(adapted - selection.keys()), sorted(selection.keys() - adapted)
+    if unchosen:
+        warnings.warn(
+            f"no experts are chosen of {_listed(unchosen)}: all of them are trained there. To leave them frozen use "
+            "exclude_modules",
+            stacklevel=2,
+        )
+    if unadapted and config.profile_path is None:
+        warnings.warn(f"experts are chosen of {_listed(unadapted)}, which is not adapted: no effect", stacklevel=2)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"

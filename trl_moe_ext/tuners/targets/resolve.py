@@ -14,7 +14,7 @@ from trl_moe_ext.errors import ConfigError, LayoutError
 from trl_moe_ext.experts.anatomy import Anatomy, read_anatomy
 from trl_moe_ext.experts.layout import check_dtypes
 from trl_moe_ext.experts.probe import check_reading
-from trl_moe_ext.tuners.selection.resolve import Selection, is_trained, selected_experts
+from trl_moe_ext.tuners.selection.resolve import Selection, is_trained, selected_experts, tell_of_unchosen
 from trl_moe_ext.tuners.targets import words
 from trl_moe_ext.tuners.targets.blocks import check_block
 from trl_moe_ext.tuners.targets.options import TargetOptions
@@ -36,6 +36,7 @@ class Targets:
         selection: modules of experts -> those that are trained; None if all are.
         expert_ranks: modules of stacked experts -> expert -> rank, where they are not all trained with the same one.
         linear_ranks: Linears of experts -> rank, where it is not that of all.
+        module_ranks: the entries of `rank_pattern` that are for modules, which PEFT looks up.
         router_bias: modules of stacked experts -> size of the bias that their router gets.
         is_dense: the model has no routed experts.
         anatomy: the parts of the model, for the summary.
@@ -50,6 +51,7 @@ class Targets:
     selection: dict[str, tuple[int, ...]] | None = None
     expert_ranks: dict[str, dict[int, int]] = field(default_factory=dict)
     linear_ranks: dict[str, int] = field(default_factory=dict)
+    module_ranks: dict[str, int] = field(default_factory=dict)
     router_bias: dict[str, int] = field(default_factory=dict)
     is_dense: bool = False
     anatomy: Anatomy = field(default_factory=Anatomy)
@@ -97,6 +99,8 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
         check_dtypes(modules[name], layout)
         check_reading(modules[name], layout)
         check_block(modules.get(name.rpartition(".")[0], model), layout)
+    if selection is not None and getattr(config, "saved_with", None) is None:
+        tell_of_unchosen(config, {*targets.experts} | {anatomy.expert_linears[n] for n in expert_linears}, selection)
     return targets
 
 
