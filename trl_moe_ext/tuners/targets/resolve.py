@@ -99,8 +99,9 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
         check_dtypes(modules[name], layout)
         check_reading(modules[name], layout)
         check_block(modules.get(name.rpartition(".")[0], model), layout)
-    if selection is not None and getattr(config, "saved_with", None) is None:
-        tell_of_unchosen(config, {*targets.experts} | {anatomy.expert_linears[n] for n in expert_linears}, selection)
+    if targets.selection is not None and getattr(config, "saved_with", None) is None:
+        adapted = {*targets.experts} | {anatomy.expert_linears[name] for name in expert_linears}
+        tell_of_unchosen(config, adapted, targets.selection)
     return targets
 
 
