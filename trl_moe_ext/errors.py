@@ -23,7 +23,10 @@ __all__ = [
     "MoeExtError",
     "PluginError",
     "near_matches",
+    "some_of",
 ]
+
+_SHOWN = 3
 
 
 class MoeExtError(Exception):
@@ -55,3 +58,10 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+def some_of(names: Iterable[str], separator: str = ", ") -> str:
+    """The first of many names for an error message, and how many more there are."""
+    listed = list(names)
+    more = len(listed) - _SHOWN
+    return separator.join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

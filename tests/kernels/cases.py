@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
 from trl_moe_ext.kernels.gates import Gate
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import LowRank
 from trl_moe_ext.kernels.selected import SelectedExperts
 
 

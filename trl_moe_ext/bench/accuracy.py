@@ -15,7 +15,7 @@ from trl_moe_ext.bench.subjects import ExpertsAlone
 from trl_moe_ext.bench.tolerances import relative_error
 from trl_moe_ext.experts.layout import ExpertsLayout, expert_weights
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import LowRank
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 
 Tensors = dict[str, Tensor]

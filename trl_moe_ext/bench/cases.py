@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates
+from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
 from trl_moe_ext.kernels.gates import Gate
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import LowRank, Updates
 
 _TOKENS, _TOP_K, _EXPERTS, _RANK = 40, 2, 6, 3
 _SILU, _RELU_SQUARED = Gate("silu_glu"), Gate("relu_squared")

@@ -51,9 +51,10 @@ def _of_moe_lora(model: nn.Module) -> Iterator[tuple[str, Factors]]:
         if isinstance(module, MoeLoraExperts):
             for projection in module.layout.projections:
                 (update,) = module.updates("default", projection)
-                selected = update.selected
-                experts = range(module.layout.num_experts) if selected is None else selected.experts
-                yield projection.parameter, Factors(experts, update.A, update.B, update.scaling, _as_it_is, _as_it_is)
+                yield (
+                    projection.parameter,
+                    Factors(update.experts, update.A, update.B, update.scaling, _as_it_is, _as_it_is),
+                )
 
 
 def _of_peft(model: nn.Module, experts: int) -> Iterator[tuple[str, Factors]]:

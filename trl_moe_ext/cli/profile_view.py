@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.table import Table
 
+from trl_moe_ext.errors import some_of
 from trl_moe_ext.profiles.coverage import LayerCoverage
 from trl_moe_ext.profiles.profile import ExpertProfile
 
@@ -33,5 +34,4 @@ def left_out_lines(profile: ExpertProfile) -> Iterator[str]:
     for name, reason in profile.left_out.items():
         by_reason[reason].append(name)
     for reason, names in by_reason.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"Not in the profile: {', '.join(names[:3])}{more}: {reason}."
+        yield f"Not in the profile: {some_of(names)}: {reason}."

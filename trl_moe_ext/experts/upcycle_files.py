@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.errors import ConfigError, some_of
 
 __all__ = ["appearing_whole", "check_output", "copy_companions", "load_model", "read_settings"]
 
@@ -78,8 +78,7 @@ def load_model(directory: Path, dtype: torch.dtype | str, **kwargs: Any) -> Any:
     for key, found, wanted in sorted(info["mismatched_keys"]):
         problems.append(f"{key} is {tuple(found)} instead of {tuple(wanted)}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ConfigError(f"{directory} does not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}")
+        raise ConfigError(f"{directory} does not fit {type(model).__name__}: {some_of(problems, '; ')}")
     return model
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trl_moe_ext._version import __version__
-from trl_moe_ext.errors import AdapterFileError
+from trl_moe_ext.errors import AdapterFileError, some_of
 from trl_moe_ext.experts.layout import Projection
 from trl_moe_ext.export.skeleton import adapted_skeleton, give_factors
 from trl_moe_ext.export.vllm_check import verify_export
@@ -160,9 +160,8 @@ class VllmAdapterWriter:
                 problems.append(f"{key} holds NaN or infinite values")
         problems += self._other_experts(state)
         if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise AdapterFileError(
-                f"these are not the weights of an adapter of this model: {'; '.join(sorted(problems)[:3])}{more}. "
+                f"these are not the weights of an adapter of this model: {some_of(sorted(problems), '; ')}. "
                 "Give all tensors of one adapter, as it was saved"
             )
 
@@ -187,12 +186,12 @@ class VllmAdapterWriter:
         self, state: Mapping[str, Tensor], path: str, stack: AdaptedStack, projection: Projection
     ) -> tuple[Tensor, Tensor]:
         """``(E, r, in)`` and ``(E, out, r)``, with zeros where nothing is adapted, and up to the largest rank."""
+        E, rows, columns = stack.layout.num_experts, projection.out_features, projection.in_features
         found = []
         for rank_class, scaling in stack.classes:
             A, B = (state.get(f"{_PREFIX}{path}.lora_{side}.{rank_class.factors_of(projection)}") for side in "AB")
             if A is not None and B is not None:
-                found.append((stack.experts_of(rank_class), A, _scaled(B, scaling / self._layers.scaling)))
-        E, rows, columns = stack.layout.num_experts, projection.out_features, projection.in_features
+                found.append(([*rank_class.experts(E)], A, _scaled(B, scaling / self._layers.scaling)))
         if not found:
             return torch.zeros(E, 1, columns), torch.zeros(E, rows, 1)
         all_a = torch.zeros(E, stack.rank, columns, dtype=found[0][1].dtype)

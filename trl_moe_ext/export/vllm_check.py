@@ -18,7 +18,7 @@ from trl_moe_ext.experts.layout import ExpertsLayout
 from trl_moe_ext.export.hub_names import parts_of
 from trl_moe_ext.export.vllm_decoder import iter_deltas
 from trl_moe_ext.export.vllm_layers import AdaptedLayers, read_layers
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import LowRank
 
 __all__ = ["verify_export"]
 
@@ -77,7 +77,7 @@ def _factors(model: PeftModel, adapter_name: str, layers: AdaptedLayers) -> Iter
     for path, stack in layers.experts.items():
         layer = base.get_submodule(path)
         for projection in stack.layout.projections:
-            updates = dict(_of_experts(layer.updates(adapter_name, projection), stack.layout.num_experts))
+            updates = dict(_of_experts(layer.updates(adapter_name, projection)))
             parts = parts_of(projection, stack.layout)
             for expert in range(stack.layout.num_experts):
                 for position, part in enumerate(parts):
@@ -89,11 +89,10 @@ def _factors(model: PeftModel, adapter_name: str, layers: AdaptedLayers) -> Iter
                         yield name, (A, B[_rows(projection.out_features, position, len(parts), stack.layout)], scaling)
 
 
-def _of_experts(updates: Iterable[LowRank], num_experts: int) -> Iterator[tuple[int, tuple[Tensor, Tensor, float]]]:
+def _of_experts(updates: Iterable[LowRank]) -> Iterator[tuple[int, tuple[Tensor, Tensor, float]]]:
     """Adapted expert -> its factors and scaling."""
     for update in updates:
-        experts = range(num_experts) if update.selected is None else update.selected.experts
-        for expert, A, B in zip(experts, update.A, update.B, strict=True):
+        for expert, A, B in zip(update.experts, update.A, update.B, strict=True):
             yield expert, (A, B, update.scaling)
 
 

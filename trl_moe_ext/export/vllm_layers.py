@@ -50,11 +50,6 @@ class AdaptedStack:
         scalings = (update.scaling for update in updates)
         return cls(layer.layout, tuple(zip(layer.rank_classes[adapter_name], scalings, strict=True)))
 
-    def experts_of(self, rank_class: RankClass) -> list[int]:
-        """Those that its factors are of, in their order."""
-        selected = rank_class.selected
-        return [*range(self.layout.num_experts)] if selected is None else [*selected.experts]
-
     @property
     def rank(self) -> int:
         """The largest one."""

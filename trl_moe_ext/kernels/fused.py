@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from trl_moe_ext.kernels import fused_grouped, fused_loop
 from trl_moe_ext.kernels.checkpointing import is_checkpointed
 from trl_moe_ext.kernels.dispatch import Dispatch, sort_by_expert
-from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates, experts_mlp, identity_weight
+from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, experts_mlp, identity_weight
 from trl_moe_ext.kernels.fused_parts import Factors, Frozen, Kept
-from trl_moe_ext.kernels.low_rank import LowRank, are_apart
+from trl_moe_ext.kernels.low_rank import LowRank, Updates, are_apart
 
 # (token, slot) pairs that the grouped back end takes at once. Its temporary tensors have a row for each: of
 # Qwen3-30B-A3B some 0.5 GB for the 8,192 tokens that this is, however long a batch is. The loop has bounds of its own.

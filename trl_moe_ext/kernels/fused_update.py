@@ -27,7 +27,7 @@ class ProjectionUpdates:
         self._updates = [Update(factors) for factors in updates]
         self.number_of: list[int | None] = [None] * num_experts
         for number, factors in enumerate(updates):
-            for expert in range(num_experts) if factors.selected is None else factors.selected.experts:
+            for expert in factors.experts:
                 self.number_of[expert] = number
 
     @property

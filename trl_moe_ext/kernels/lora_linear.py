@@ -21,8 +21,6 @@ from trl_moe_ext.kernels.grouped import grouped_mm, grouped_outer
 from trl_moe_ext.kernels.grouped_update import GroupedUpdate
 from trl_moe_ext.kernels.low_rank import LowRank, Updates, sets_apart
 
-__all__ = ["LowRank", "lora_linear"]
-
 
 def lora_linear(x: Tensor, weight: Tensor, updates: Updates, dispatch: Dispatch, *, gather: bool = False) -> Tensor:
     """Apply each expert's weight and low-rank updates to its rows.

@@ -37,6 +37,11 @@ class LowRank(NamedTuple):
     first_pair: int = 0
     selected: SelectedExperts | None = None
 
+    @property
+    def experts(self) -> Sequence[int]:
+        """Those that the factors are of, in their order."""
+        return range(len(self.A)) if self.selected is None else self.selected.experts
+
     def dropped(self, x: Tensor, pairs: Tensor) -> Tensor:
         """``(n, in)`` rows of the (token, slot) pairs ``(n,)``: what dropout leaves of them."""
         return x if self.seed is None else drop(x, self.seed, pairs + self.first_pair, self.dropout)

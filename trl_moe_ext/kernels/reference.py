@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_moe_ext.kernels.dropout import keep_mask
-from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, Updates
-from trl_moe_ext.kernels.low_rank import LowRank
+from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
+from trl_moe_ext.kernels.low_rank import LowRank, Updates
 
 
 def experts_mlp_reference(
@@ -51,9 +51,8 @@ def experts_mlp_reference(
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Updates, expert: int, pairs: Tensor) -> Tensor:
     y = F.linear(x, weight[expert].t(), None if bias is None else bias[expert].to(x.dtype))
     for update in updates:
-        experts = range(len(weight)) if update.selected is None else update.selected.experts
-        if expert in experts:
-            A, B = (factor[experts.index(expert)].to(x.dtype) for factor in (update.A, update.B))
+        if expert in update.experts:
+            A, B = (factor[update.experts.index(expert)].to(x.dtype) for factor in (update.A, update.B))
             y = y + update.scaling * F.linear(F.linear(_masked(x, update, pairs), A), B)
     return y
 

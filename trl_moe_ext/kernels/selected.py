@@ -55,6 +55,7 @@ class SelectedExperts:
     num_experts: int
     # What is selected never changes, so a device is sent it once.
     _slots: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _runs: dict[_Key, Runs] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +74,14 @@ class SelectedExperts:
         if device not in self._slots:
             self._slots[device] = self._make_slots(device)
         return self._slots[device]
+
+    def indices(self, device: torch.device) -> Tensor:
+        """``(G,)`` int64: the experts themselves."""
+        if _is_traced():
+            return torch.tensor(self.experts, device=device)
+        if device not in self._indices:
+            self._indices[device] = torch.tensor(self.experts, device=device)
+        return self._indices[device]
 
     def runs(self, device: torch.device, others: Sequence[SelectedExperts] = ()) -> Runs:
         """The runs of experts; those of `others`, which have none in common with these, stand alone as well."""

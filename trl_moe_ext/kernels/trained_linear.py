@@ -68,10 +68,7 @@ def rows_of_selected(top_k_index: Tensor, selected: SelectedExperts) -> Selected
     dispatch = sort_by_expert(index.masked_fill(~is_selected, selected.num_experts), selected.num_experts)
     if _is_counted(index):  # then rows of others cost nothing
         dispatch = dispatch._replace(order=dispatch.order[: int(dispatch.offsets[-1])])
-    runs = selected.runs(index.device)
-    experts = (
-        None if len(selected) == selected.num_experts else runs.last[runs.of_selected]
-    )  # each is a run of its own
+    experts = None if len(selected) == selected.num_experts else selected.indices(index.device)
     return SelectedRows(dispatch, is_selected, experts, slots.reshape(-1)[dispatch.order])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.profiles.fingerprint import fingerprint
 from trl_moe_ext.profiles.profile import ExpertProfile, LayerUse
 from trl_moe_ext.profiles.use import UseStatistics
+from trl_moe_ext.router.passes import as_it_was, forked_rng, routing_options
 from trl_moe_ext.router.places import read_places
 from trl_moe_ext.router.routers import Router, find_routers, routers_left_out
 from trl_moe_ext.router.statistics import added
@@ -55,7 +55,7 @@ def measure_profile(
     """
     routers = require_routers(model, name)
     counted = 0
-    with _Meter(model, routers) as meter, _as_found(model):
+    with _Meter(model, routers) as meter, _evaluating(model):
         for batch in batches:
             counted += meter.run(batch, None if tokens is None else tokens - counted)
             if on_batch is not None:
@@ -112,7 +112,9 @@ class _Meter:
         kept = _kept(batch, limit)
         self._trace.kept = None if kept is None else kept.to(self._device)
         self._decoder_trace.kept = batch.get("decoder_attention_mask")
-        self._model(**{key: value.to(self._device) for key, value in batch.items()}, **_options(self._model, batch))
+        self._model(
+            **{key: value.to(self._device) for key, value in batch.items()}, **routing_options(self._model, batch)
+        )
         return 0 if kept is None else int(kept.sum())
 
     def _add(self, routing: Routing) -> None:
@@ -128,34 +130,18 @@ def _kept(batch: Mapping[str, Tensor], limit: int | None) -> Tensor | None:
     return kept if limit is None else kept & (kept.flatten().cumsum(0).view_as(kept) <= limit)
 
 
-def _options(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of a forward of which nothing but the routing is wanted: no cache, and the logits of one token."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # Of the class: a trainer may put another forward, with other arguments, on the instance.
-    known = inspect.signature(type(base).forward).parameters
-    is_language_model = "input_ids" in batch and any(p.kind is p.VAR_KEYWORD for p in known.values())
-    cache = {"use_cache": False} if "use_cache" in known or is_language_model else {}
-    return cache | ({"logits_to_keep": 1} if "logits_to_keep" in known else {})
-
-
 def _is_in_decoder(model: Any, router: Router) -> bool:
     config = getattr(model, "config", None)
     return bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in router.name.split(".")
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and a fixed seed inside; modes and random number generators are the same afterwards."""
-    training = [module for module in model.modules() if module.training]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            model.eval()
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with forked_rng(model), as_it_was(model):
+        torch.manual_seed(0)
+        model.eval()
+        yield
 
 
 def _profile(

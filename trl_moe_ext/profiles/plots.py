@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from trl_moe_ext.files import write_atomically
 from trl_moe_ext.profiles.coverage import coverage_curve, mean_curve
 from trl_moe_ext.profiles.profile import ExpertProfile
 from trl_moe_ext.router.load_scale import ABOVE, BELOW, LoadScale
@@ -38,12 +39,9 @@ def save_profile_plot(profile: ExpertProfile, path: Path, score: str = "token_sh
     right.set_ylabel("layer")
     set_title(right, f"use of each expert, {profile.tokens:,} tokens")
     add_load_bar(figure, image, right, scale)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(unfinished, dpi=150, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_atomically(path, picture.getvalue())
 
 
 def _draw_coverage(axes: Any, curves: list[tuple[float, ...]]) -> None:

@@ -62,11 +62,10 @@ def _counts(model: nn.Module) -> _Counts:
 
 
 def _of_stack(layer: AdaptedExperts) -> Iterator[tuple[int, int | None]]:
-    everyone = range(layer.layout.num_experts)
     for adapter in filter(layer.holds, layer.active_adapters):
         if isinstance(layer, MoeLoraExperts):
             for each in layer.rank_classes[adapter]:
-                yield from ((expert, each.rank) for expert in (each.selected.experts if each.selected else everyone))
+                yield from ((expert, each.rank) for expert in each.experts(layer.layout.num_experts))
         elif isinstance(layer, MoeEsftExperts):
             yield from ((expert, None) for expert in layer.selections[adapter].experts)
 

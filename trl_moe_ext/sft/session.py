@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.router.passes import forked_rng
 from trl_moe_ext.router.routers import Router
 from trl_moe_ext.router.trace import Routing
 from trl_moe_ext.sft.meter import RouterMeter
@@ -17,7 +18,7 @@ from trl_moe_ext.sft.objective import RouterObjective
 from trl_moe_ext.sft.options import RouterOptions
 from trl_moe_ext.sft.processes import Reduce
 from trl_moe_ext.sft.step_counter import StepCounter, statistics_of
-from trl_moe_ext.sft.watch import RouterWatch, forked_rng, has_base, kept_tokens, routing_inputs
+from trl_moe_ext.sft.watch import RouterWatch, has_base, kept_tokens, routing_inputs
 
 __all__ = ["RouterSession"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_moe_ext.router.passes import as_it_was, forked_rng, routing_options
 from trl_moe_ext.router.routers import Router
 from trl_moe_ext.router.trace import RouterTrace, Routing
 
-__all__ = ["RouterWatch", "forked_rng", "has_base", "kept_tokens", "routing_inputs"]
+__all__ = ["RouterWatch", "has_base", "kept_tokens", "routing_inputs"]
 
 
 class RouterWatch:
@@ -53,7 +53,7 @@ class RouterWatch:
     def base_pass(self, inputs: Mapping[str, Any]) -> list[Routing]:
         """The routing of the model without its adapters, and without what training adds to it, for the same inputs."""
         model: Any = self._model
-        with self.first_pass(kept_tokens(inputs)) as seen, forked_rng(model), _as_it_was(model):
+        with self.first_pass(kept_tokens(inputs)) as seen, forked_rng(model), as_it_was(model):
             model.eval()
             with model.disable_adapter():
                 model(**routing_inputs(model, inputs))
@@ -84,35 +84,4 @@ def kept_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
 def routing_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What to call a model with when only its routing is wanted: no loss, no cache, and the logits of one token."""
     chosen = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-    chosen["use_cache"] = False
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # The stock forward: TRL's trainer puts another one, with other arguments, on the instance.
-    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        chosen["logits_to_keep"] = 1
-    return chosen
-
-
-@contextmanager
-def forked_rng(model: nn.Module) -> Iterator[None]:
-    """Random numbers drawn inside are drawn again afterwards, on the CPU and on the devices of a model."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        yield
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes and gradients of a model are the same afterwards, parameter by parameter.
-
-    Where an adapter is switched on again, PEFT makes all of it trainable: what a user has frozen in it, too.
-    """
-    training = [module for module in model.modules() if module.training]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter, is_trained in gradients:
-            if parameter.requires_grad is not is_trained:
-                parameter.requires_grad_(is_trained)
+    return chosen | routing_options(model, chosen)

@@ -1,25 +1,23 @@
-"""What every tuner's layer around a module of routed experts does: read it, be called in its place, merge into it."""
+"""What every tuner's layer around a module of routed experts does: read it, and be called in its place."""
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
+from trl_moe_ext.errors import ConfigError, LayoutError
 from trl_moe_ext.experts.gates import recognise_gate
 from trl_moe_ext.experts.layout import ExpertsLayout, check_dtypes, expert_weights, stack_of
 from trl_moe_ext.experts.probe import check_reading
 from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
+from trl_moe_ext.tuners.merging import MergesDeltas
 
 
-class AdaptedExperts(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class AdaptedExperts(nn.Module, MergesDeltas):
     """Wraps a module of routed experts; called with the same arguments, it returns the same ``(T, H)`` tensor.
 
     A tuner's layer derives from it (first, where it has other bases) and says which adapters it holds, how the active
@@ -54,22 +52,8 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     # -- what a tuner says -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def holds(self, adapter_name: str) -> bool:
-        """Whether the adapter changes these experts."""
-
-    @abstractmethod
     def _run(self, adapters: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The output with these adapters, of which there may be none, in the shape of `hidden_states`."""
-
-    @abstractmethod
-    def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of the frozen weights, as views, each with what the adapter adds to it, in float32 or wider."""
-
-    def _check_mergeable(self, adapter_name: str) -> None:
-        """Raise ConfigError if the adapter has a part that cannot be merged."""
-
-    def _merge_rest(self, adapter_name: str, sign: int) -> None:
-        """Add (sign 1) or subtract (sign -1) what the adapter has besides `_deltas`."""
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -91,14 +75,6 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._check_device(arguments[0])
         return self._run(adapters, *arguments)
 
-    def adapters_to_apply(self) -> list[str]:
-        """The active adapters whose updates are to be added to the output."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if self.holds(name)]
-
     def frozen_weights(self) -> ExpertsWeights:
         """The frozen weights in the form that kernels take, and what the module computes between them."""
         return expert_weights(self.get_base_layer(), self.layout)._replace(closed_form=self._closed_form)
@@ -114,51 +90,6 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 f"the experts are on {weight.device} and their tokens on {hidden_states.device}: offloaded experts "
                 "cannot be adapted yet. Load the model without offloading, or leave 'experts' out of moe_target"
             )
-
-    # -- merging -----------------------------------------------------------------------------------------------------
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active (or the named) adapters to the frozen weights, one expert at a time.
-
-        Raises:
-            AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
-            ConfigError: the adapter has a part that cannot be merged.
-        """
-        self.check_mergeable(adapter_names, safe_merge)
-        for name in check_adapters_to_merge(self, adapter_names):
-            if not self.holds(name):
-                continue
-            with torch.no_grad():
-                for weight, delta in self._deltas(name):
-                    weight.copy_(weight.to(delta.dtype) + delta)
-            self._merge_rest(name, 1)
-            self.merged_adapters.append(name)
-
-    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise what `merge` would raise; nothing is changed."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if self.holds(name) and name not in self.merged_adapters:
-                self._check_mergeable(name)
-                if safe_merge:
-                    self._check_finite(name)
-
-    def unmerge(self) -> None:
-        """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            with torch.no_grad():
-                for weight, delta in self._deltas(name):
-                    weight.copy_(weight.to(delta.dtype) - delta)
-            self._merge_rest(name, -1)
-
-    @torch.no_grad()
-    def _check_finite(self, adapter_name: str) -> None:
-        for weight, delta in self._deltas(adapter_name):
-            if not torch.isfinite(weight.to(delta.dtype) + delta).all():
-                raise AdapterFileError(
-                    f"adapter {adapter_name!r} would make expert weights that are not finite (NaN or infinite); "
-                    "nothing was merged. Load an intact adapter"
-                )
 
     def __repr__(self) -> str:
         return "moe_" + super().__repr__()

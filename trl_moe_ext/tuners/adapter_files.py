@@ -9,10 +9,9 @@ import torch
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import AdapterFileError
+from trl_moe_ext.errors import AdapterFileError, some_of
 from trl_moe_ext.tuners.selection.indices import SelectedIndices
 
-_SHOWN = 3
 _OTHER_EXPERTS = "of other experts than the model trains"
 
 
@@ -34,12 +33,17 @@ def check_adapter_state(
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
     found = {key: tensor for key, tensor in state.items() if f".{tuner_prefix}" in key}
+    on_one_side = expected.keys() ^ found.keys()
     _refuse_unless_fitting(
         adapter_name,
-        *_listed("missing from the file", sorted(expected.keys() - found.keys())),
-        *_listed("not in the model", sorted(found.keys() - expected.keys())),
-        *_listed("of another shape", _other_shapes(expected, found)),
-        *_listed(_OTHER_EXPERTS, _other_experts(expected, found)),
+        {
+            "missing from the file": sorted(expected.keys() - found.keys()),
+            "not in the model": sorted(found.keys() - expected.keys()),
+            "of another shape": _other_shapes(expected, found),
+            _OTHER_EXPERTS: _other_experts(expected, found),
+        },
+        # With a choice of experts on one side only, the weights differ in their shapes and the indices are too many.
+        is_other_choice=bool(on_one_side) and all("_selected." in key for key in on_one_side),
     )
     _refuse_unless_finite(adapter_name, state)  # copies of routers too
 
@@ -91,11 +95,7 @@ def check_loaded(model: nn.Module, missing: Iterable[str], adapter_name: str) ->
         if isinstance(module, SelectedIndices) and name.endswith(f".{adapter_name}")
         for difference in module.differences()
     ]
-    _refuse_unless_fitting(
-        adapter_name,
-        *_listed("missing from the file", sorted(missing)),
-        *_listed(_OTHER_EXPERTS, others),
-    )
+    _refuse_unless_fitting(adapter_name, {"missing from the file": sorted(missing), _OTHER_EXPERTS: others})
     state = model.state_dict()
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     copies = {key: tensor for key, tensor in state.items() if f".modules_to_save.{adapter_name}." in key}
@@ -111,19 +111,17 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
     return names
 
 
-def _refuse_unless_fitting(adapter_name: str, *problems: str) -> None:
-    of_tensors = [problem for problem in problems if not problem.startswith("of another shape")]
-    if any(p.startswith(_OTHER_EXPERTS) for p in problems) or (
-        of_tensors and all("_selected." in name for p in of_tensors for name in p.split(", "))
-    ):
+def _refuse_unless_fitting(adapter_name: str, problems: dict[str, list[str]], is_other_choice: bool = False) -> None:
+    told = [part for what, names in problems.items() for part in _listed(what, names)]
+    if problems[_OTHER_EXPERTS] or is_other_choice:
         raise AdapterFileError(
-            f"adapter {adapter_name!r} trains other experts than this run: " + "; ".join(problems[::-1]) + ". Choose "
+            f"adapter {adapter_name!r} trains other experts than this run: " + "; ".join(told[::-1]) + ". Choose "
             "those that it was trained with: selected_experts in its adapter_config.json, or the profile and the "
             "options that they came from"
         )
-    if problems:
+    if told:
         raise AdapterFileError(
-            f"adapter {adapter_name!r} is not for this model: " + "; ".join(problems) + ". Load it on the model that "
+            f"adapter {adapter_name!r} is not for this model: " + "; ".join(told) + ". Load it on the model that "
             "base_model_name_or_path in its adapter_config.json names, or check that the file is complete"
         )
 
@@ -159,5 +157,4 @@ def _other_experts(expected: dict[str, Tensor], found: dict[str, Tensor]) -> lis
 def _listed(what: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"]
+    return [f"{what}: {some_of(names)}"]

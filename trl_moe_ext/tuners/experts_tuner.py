@@ -14,6 +14,7 @@ from trl_moe_ext.errors import AdapterFileError, ConfigError, LayoutError
 from trl_moe_ext.router.precision import restore_precision
 from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
 from trl_moe_ext.tuners.adapter_files import check_adapter_state, with_aliases
+from trl_moe_ext.tuners.merging import MergesDeltas
 from trl_moe_ext.tuners.targets.blocks import restore_blocks, use_sparse_block
 from trl_moe_ext.tuners.targets.resolve import Targets, resolve_targets
 from trl_moe_ext.tuners.targets.tied import TiedLayers, unwrap_tied
@@ -26,11 +27,9 @@ class ExpertsTuner(BaseTuner):  # type: ignore[misc]
     module is adapted.
 
     Attributes:
-        checked_layers: the classes of layers whose `check_mergeable` is asked before any weight is merged.
         dense_effect: what it does with 'experts' on a model without any, for the warning.
     """
 
-    checked_layers: tuple[type, ...] = (AdaptedExperts,)
     dense_effect: str
 
     # -- what a tuner says -------------------------------------------------------------------------------------------
@@ -142,8 +141,8 @@ class ExpertsTuner(BaseTuner):  # type: ignore[misc]
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for module in self.modules():
-            if isinstance(module, self.checked_layers):
-                module.check_mergeable(adapter_names, safe_merge)  # type: ignore[attr-defined]
+            if isinstance(module, MergesDeltas):
+                module.check_mergeable(adapter_names, safe_merge)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

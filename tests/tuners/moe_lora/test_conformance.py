@@ -21,7 +21,7 @@ from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.experts import census
 from trl_moe_ext.experts.anatomy import read_anatomy
 from trl_moe_ext.experts.census import checks
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import LowRank
 from trl_moe_ext.tuners.moe_lora import MoeLoraExperts
 
 # transformers gives it no forward: its parts, such as qwen3_omni_moe_thinker, are types of their own.

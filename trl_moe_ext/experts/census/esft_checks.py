@@ -1,13 +1,12 @@
 """What MOE_ESFT promises on every family: one function a promise, which builds its own models and raises if broken.
 
 The adapters train about a quarter of the experts of each layer, of those that the inputs reach, and every Linear
-beside them. The models are float64 where a whole model is compared, as in `checks`.
+beside them. The models are float64 where a whole model is compared, see `comparing`.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from functools import cache
 
@@ -16,53 +15,54 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from trl_moe_ext.experts.anatomy import read_anatomy
-from trl_moe_ext.experts.census.checks import (
+from trl_moe_ext.experts.census import promises
+from trl_moe_ext.experts.census.comparing import (
     BFLOAT16,
-    WORDS,
     CheckError,
-    _close,
-    _close_gradients,
-    _disabled,
-    _equal,
-    _gradients,
-    _output,
-    _relative_error,
-    _stock,
+    direction_of,
+    gradients_of,
+    output_of,
+    relative_error,
+    require_close,
+    require_close_gradients,
+    require_equal,
+    stock_model,
 )
 from trl_moe_ext.experts.census.esft_reference import compare_layer, trained_parts
 from trl_moe_ext.experts.census.tiny import build, skeleton
 from trl_moe_ext.tuners.moe_esft import MoeEsftConfig, MoeEsftExperts
+from trl_moe_ext.tuners.targets.options import TARGET_WORDS
 
 Selection = dict[str, list[int]]
 
 
 def identity(model_type: str) -> None:
     """A new adapter changes nothing."""
-    stock = _stock(model_type)
-    expected = _output(stock)
-    _close(_output(_adapted(stock, model_type, is_new=True)), expected, "output of a new adapter")
+    stock = stock_model(model_type)
+    expected = output_of(stock)
+    require_close(output_of(_adapted(stock, model_type, is_new=True)), expected, "output of a new adapter")
 
 
 def reference(model_type: str) -> None:
     """Output and gradients are those of full fine-tuning, on what is trained; nothing else has a gradient."""
-    stock = _stock(model_type).requires_grad_(False)
+    stock = stock_model(model_type).requires_grad_(False)
     model = _adapted(copy.deepcopy(stock), model_type)
     deltas = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # In this order: some families change the dtype of a weight when they are first called.
-    unadapted, found = _output(stock), _output(model)
+    unadapted, found = output_of(stock), output_of(model)
     parts = trained_parts(model, stock)
     for name, delta in deltas.items():
         parts[name].add(delta.detach())
     weights = {name: parts[name].weight.requires_grad_() for name in deltas}
-    expected = _output(stock)
-    _close(found, expected, "output")
-    if _relative_error(unadapted, expected) < 1e-3:
+    expected = output_of(stock)
+    require_close(found, expected, "output")
+    if relative_error(unadapted, expected) < 1e-3:
         raise CheckError("the adapter does not change the output: nothing was tested")
-    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=expected.dtype)
-    of_full = zip(weights, _gradients(expected, weights, direction), strict=True)
+    direction = direction_of(expected)
+    of_full = zip(weights, gradients_of(expected, weights, direction), strict=True)
     of_chosen = [parts[name].chosen(gradient) for name, gradient in of_full]
-    _close_gradients(deltas, _gradients(found, deltas, direction), of_chosen)
-    torch.autograd.backward(_output(model), direction)
+    require_close_gradients(deltas, gradients_of(found, deltas, direction), of_chosen)
+    torch.autograd.backward(output_of(model), direction)
     others = [n for n, p in model.named_parameters() if n not in deltas and p.grad is not None]
     if others:
         raise CheckError(f"frozen weights have gradients: {others[:3]}")
@@ -70,73 +70,37 @@ def reference(model_type: str) -> None:
 
 def merge(model_type: str) -> None:
     """Merged weights give the same output; experts that are not chosen never change, and unloading leaves no trace."""
-    stock = _stock(model_type)
-    before, classes = copy.deepcopy(stock.state_dict()), [type(m) for m in stock.modules()]
-    model = _adapted(stock, model_type)
-    expected = _output(model)
-    unchosen, base = _rows_of_others(model), _disabled(model)
-    model.merge_adapter()
-    _close(_output(model), expected, "output with merged weights")
-    _same_rows(model, unchosen, "merging")
-    _close(_disabled(copy.deepcopy(model)), base, "output without the adapter while it is merged")
-    model.unmerge_adapter()
-    _close(_output(model), expected, "output after unmerging")
-    _same_rows(model, unchosen, "unmerging")
-    merged = model.merge_and_unload(safe_merge=True)
-    _close(_output(merged), expected, "output of the merged model")
-    if [type(m) for m in merged.modules()] != classes or merged.state_dict().keys() != before.keys():
-        raise CheckError("the merged model has other modules or weights than the stock one")
+    unchosen: dict[str, Tensor] = {}
+
+    def adapt(stock: nn.Module) -> PeftModel:
+        model = _adapted(stock, model_type)
+        unchosen.update(_rows_of_others(model))
+        return model
+
+    promises.keeps_merging(stock_model(model_type), adapt, lambda model, what: _same_rows(model, unchosen, what))
 
 
 def reload(model_type: str) -> None:
     """A saved adapter, loaded by PEFT or by transformers itself, gives the same output to the last bit."""
-    stock = _stock(model_type)
-    with tempfile.TemporaryDirectory() as directory:
-        model = _adapted(copy.deepcopy(stock), model_type)
-        model.save_pretrained(directory)
-        expected = _output(model)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(stock), directory, autocast_adapter_dtype=False).eval()
-        _equal(_output(loaded), expected, "output after PeftModel.from_pretrained")
-        stock.load_adapter(directory)
-        _equal(_output(stock.eval()), expected, "output after model.load_adapter")
+    promises.keeps_reloading(stock_model(model_type), lambda stock: _adapted(stock, model_type))
 
 
 def two_adapters(model_type: str) -> None:
-    """Adapters of different experts on one model: each alone, both together, one deleted."""
-    model = _adapted(_stock(model_type), model_type)
-    first = _output(model)
-    model.add_adapter("second", _config(model_type, skip=1))
-    _equal(_output(model), first, "output of the first adapter beside a second one")
-    randomise_deltas(model, "second", seed=7)
-    model.set_adapter("second")
-    second = _output(model)
-    if _relative_error(second, first) < 1e-3:
-        raise CheckError("both adapters give the same output")
-    model.base_model.set_adapter(["default", "second"])
-    both = _output(model)
-    if min(_relative_error(both, first), _relative_error(both, second)) < 1e-3:
-        raise CheckError("two active adapters give the output of one")
+    """Adapters of different experts on one model: each alone, both together, merged together, one deleted."""
+    model = _adapted(stock_model(model_type), model_type)
+    second = promises.keeps_apart(model, _config(model_type, skip=1), randomise_deltas)
+    both = output_of(model)
     model.merge_adapter(["default", "second"])
-    _close(_output(model), both, "output with two merged adapters")
+    require_close(output_of(model), both, "output with two merged adapters")
     model.unmerge_adapter()
     model.delete_adapter("default")
     model.set_adapter("second")
-    _close(_output(model), second, "output of the second adapter after the first was deleted")
+    require_close(output_of(model), second, "output of the second adapter after the first was deleted")
 
 
 def checkpointing(model_type: str) -> None:
     """Gradient checkpointing, which computes a layer twice, gives the same gradients."""
-    model = _adapted(_stock(model_type), model_type).train()
-    base = model.get_base_model()
-    has_layers = any(hasattr(module, "gradient_checkpointing") for module in base.modules())
-    if not (has_layers and base.supports_gradient_checkpointing):
-        return  # the family has none
-    deltas = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    plain = _gradients(_output(model).square().mean(), deltas)
-    # Its name from transformers 5.23 on, and the one before.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    _close_gradients(deltas, _gradients(_output(model).square().mean(), deltas), plain)
+    promises.keeps_checkpointing(_adapted(stock_model(model_type), model_type).train())
 
 
 def bfloat16(model_type: str) -> None:
@@ -147,7 +111,7 @@ def bfloat16(model_type: str) -> None:
         if isinstance(layer, MoeEsftExperts):
             found, expected = compare_layer(layer)
             for name, value in expected.items():
-                _close(found[name], value, f"{name} of one layer in bfloat16", BFLOAT16)
+                require_close(found[name], value, f"{name} of one layer in bfloat16", BFLOAT16)
 
 
 ESFT_CHECKS: dict[str, Callable[[str], None]] = {
@@ -170,7 +134,7 @@ def words(model_type: str) -> list[str]:
     """The parts of a family that MOE_ESFT can train: those without bare parameters, and experts that are no tables."""
     modules = dict(skeleton(model_type).named_modules())
     anatomy = read_anatomy(modules.items())
-    trained = [word for word in WORDS if not anatomy.parameters.get(word)]
+    trained = [word for word in TARGET_WORDS if not anatomy.parameters.get(word)]
     if not all(isinstance(modules[name], nn.Linear) for name in anatomy.expert_linears):
         trained.remove("experts")
     return trained
@@ -179,13 +143,13 @@ def words(model_type: str) -> list[str]:
 @cache
 def _used_experts(model_type: str) -> dict[str, list[int]]:
     """Modules of experts -> all of theirs, those that most depends on first: found by training every one."""
-    stock = _stock(model_type)
+    stock = stock_model(model_type)
     anatomy = read_anatomy(stock.named_modules())
     config = MoeEsftConfig(moe_target=["experts"], expert_selection="all")
     model = get_peft_model(stock, config, autocast_adapter_dtype=False).eval()
     deltas = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sizes: dict[str, Tensor] = {}
-    for name, gradient in zip(deltas, _gradients(_output(model).square().mean(), deltas), strict=True):
+    for name, gradient in zip(deltas, gradients_of(output_of(model).square().mean(), deltas), strict=True):
         module = name.partition(".esft_delta.")[0].removeprefix("base_model.model.")
         container = anatomy.expert_linears.get(module)
         if container is None:
@@ -223,4 +187,4 @@ def _rows_of_others(model: nn.Module) -> dict[str, Tensor]:
 
 def _same_rows(model: nn.Module, before: dict[str, Tensor], what: str) -> None:
     for name, rows in _rows_of_others(model).items():
-        _equal(rows, before[name], f"{name}, of experts that are not chosen, after {what}")
+        require_equal(rows, before[name], f"{name}, of experts that are not chosen, after {what}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_moe_ext.experts.census.calls import _rows, _tokens
+from trl_moe_ext.experts.census.calls import compare_with
 from trl_moe_ext.experts.layout import ExpertsLayout, expert_weights, weight_view
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
 from trl_moe_ext.kernels.reference import experts_mlp_reference
@@ -89,16 +88,7 @@ def compare_layer(layer: MoeEsftExperts) -> tuple[dict[str, Tensor], dict[str, T
     Args:
         layer: in bfloat16.
     """
-    double = copy.deepcopy(layer).double()
-    takes_rows = layer.layout.takes_rows
-    routing: Tensor | list[int]
-    routing, arguments = _rows(layer) if takes_rows else _tokens(layer)
-    run: Callable[..., Tensor] = _rows_reference if takes_rows else _tokens_reference
-    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
-    double_leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
-    hidden, *weights = leaves.values()
-    found = _with_gradients(layer(hidden, routing, *weights), leaves, layer)
-    return found, _with_gradients(run(double, routing, *double_leaves.values()), double_leaves, double)
+    return compare_with(layer, _tokens_reference, _rows_reference)
 
 
 def _tokens_reference(layer: MoeEsftExperts, index: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
@@ -121,10 +111,3 @@ def _rows_reference(layer: MoeEsftExperts, sizes: list[int], rows: Tensor) -> Te
     assert deltas.up is not None
     merged = weight.index_add(0, torch.tensor(deltas.selected.experts), deltas.up)
     return torch.cat([F.linear(x, merged[expert].T) for expert, x in enumerate(torch.split(rows, sizes))])
-
-
-def _with_gradients(out: Tensor, leaves: dict[str, Tensor], layer: MoeEsftExperts) -> dict[str, Tensor]:
-    of = leaves | {name: p for name, p in layer.named_parameters() if "esft_delta" in name}
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
-    gradients = torch.autograd.grad(out, list(of.values()), direction)
-    return {"output": out} | {f"gradient of {name}": g for name, g in zip(of, gradients, strict=True)}

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trl_moe_ext.kernels.selected import SelectedExperts
 from trl_moe_ext.kernels.trained import ExpertsDeltas
+from trl_moe_ext.tuners.merging import MergesDeltas
 
 
 class Deltas(nn.Module):
@@ -35,7 +35,7 @@ class Deltas(nn.Module):
         return None if name is None else self._parameters.get(name)
 
 
-class EsftLayer(BaseTunerLayer):  # type: ignore[misc]
+class EsftLayer(MergesDeltas):
     """A layer whose frozen weights have deltas.
 
     Attributes:
@@ -52,21 +52,24 @@ class EsftLayer(BaseTunerLayer):  # type: ignore[misc]
         self._disable_adapters = False
         self._active_adapter = adapter_name
 
+    def holds(self, adapter_name: str) -> bool:
+        return adapter_name in self.esft_delta
+
 
 def sum_of(several: Sequence[ExpertsDeltas]) -> ExpertsDeltas:
     """What adapters add together, for all experts that one of them trains; gradients flow back to each."""
     if len(several) == 1:
         return several[0]
-    union = sorted({expert for deltas in several for expert in deltas.selected.experts})
-    place = {expert: number for number, expert in enumerate(union)}
+    experts = sorted({expert for deltas in several for expert in deltas.selected.experts})
+    union = SelectedExperts(tuple(experts), several[0].selected.num_experts)
     sums: dict[str, Tensor] = {}
     for deltas in several:
-        places = [place[expert] for expert in deltas.selected.experts]
         for name, delta in deltas._asdict().items():
             if isinstance(delta, Tensor):
                 before = sums.get(name)
                 before = delta.new_zeros(len(union), *delta.shape[1:]) if before is None else before
                 dtype = torch.promote_types(before.dtype, delta.dtype)
-                index = torch.tensor(places, device=delta.device)
+                # On the device of the delta, where both know their experts already.
+                index = union.slots(delta.device)[deltas.selected.indices(delta.device)]
                 sums[name] = before.to(dtype).index_add(0, index, delta.to(dtype))
-    return ExpertsDeltas(SelectedExperts(tuple(union), several[0].selected.num_experts), **sums)
+    return ExpertsDeltas(union, **sums)

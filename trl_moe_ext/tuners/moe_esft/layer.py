@@ -58,9 +58,6 @@ class MoeEsftExperts(AdaptedExperts, EsftLayer):
         self.esft_delta[adapter_name] = Deltas(shapes, self._frozen_stack())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def holds(self, adapter_name: str) -> bool:
-        return adapter_name in self.esft_delta
-
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def _run(self, adapters: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import AdapterFileError, ConfigError
+from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.tuners.moe_esft.config import MoeEsftConfig
 from trl_moe_ext.tuners.moe_esft.deltas import Deltas, EsftLayer
 
@@ -70,54 +69,12 @@ class MoeEsftLinear(nn.Module, EsftLayer):
 
     def _active(self) -> list[Deltas]:
         """The deltas that are to be added to what the wrapped Linear gives."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return []
-        return [self.esft_delta[name] for name in self._names() if name in self.esft_delta]  # type: ignore[misc]
-
-    def _names(self) -> list[str]:
-        names: list[str] = self.active_adapters  # type: ignore[assignment]
-        return names
+        return [self.esft_delta[name] for name in self.adapters_to_apply()]  # type: ignore[misc]
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active (or the named) adapters to the frozen weights.
-
-        Raises:
-            AdapterFileError: with `safe_merge`, a merged weight would not be finite; then nothing has changed.
-        """
-        self.check_mergeable(adapter_names, safe_merge)
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.esft_delta:
-                self._add(name, 1)
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Subtract every merged adapter again; exact up to the rounding of the weights' dtype."""
-        while self.merged_adapters:
-            self._add(self.merged_adapters.pop(), -1)
-
-    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise what `merge` would raise; nothing is changed."""
-        for name in self._names() if adapter_names is None else adapter_names:
-            is_new = name in self.esft_delta and name not in self.merged_adapters
-            if safe_merge and is_new and not self._stays_finite(name):
-                raise AdapterFileError(
-                    f"adapter {name!r} would make weights of a Linear that are not finite (NaN or infinite); "
-                    "nothing was merged. Load an intact adapter"
-                )
-
-    def _stays_finite(self, adapter_name: str) -> bool:
-        return all(bool(torch.isfinite(frozen + delta).all()) for frozen, delta in self._pairs(adapter_name))
-
-    def _add(self, adapter_name: str, sign: int) -> None:
-        for frozen, delta in self._pairs(adapter_name):
-            frozen.copy_(frozen.to(delta.dtype) + sign * delta)
-
-    def _pairs(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each frozen weight and what the adapter adds to it, in float32 or wider, both outside of autograd."""
+    def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The weight, and the bias where there is one, each with its delta."""
         for name, delta in self.esft_delta[adapter_name].named_parameters():
             frozen = self.base_layer.get_parameter(name).detach()
             dtype = torch.promote_types(torch.promote_types(frozen.dtype, delta.dtype), torch.float32)

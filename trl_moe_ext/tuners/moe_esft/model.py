@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.errors import ConfigError, some_of
 from trl_moe_ext.experts.reading import read_layout
-from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
 from trl_moe_ext.tuners.experts_tuner import ExpertsTuner
 from trl_moe_ext.tuners.moe_esft.config import NO_SELECTION, MoeEsftConfig
 from trl_moe_ext.tuners.moe_esft.deltas import EsftLayer
@@ -17,7 +16,7 @@ from trl_moe_ext.tuners.moe_esft.layer import MoeEsftExperts, MoeEsftRows
 from trl_moe_ext.tuners.moe_esft.linear import MoeEsftLinear
 from trl_moe_ext.tuners.targets.resolve import Targets, base_modules
 
-_SHOWN = 3
+_SHOWN = 3  # modules that modules_to_save is suggested for
 
 
 class MoeEsftModel(ExpertsTuner):
@@ -29,7 +28,6 @@ class MoeEsftModel(ExpertsTuner):
     prefix: str = "esft_"
     tuner_layer_cls = EsftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-    checked_layers = (AdaptedExperts, MoeEsftLinear)
     dense_effect = "moe_esft trains the Linears of its MLPs in full"
 
     def _targets(self, config: MoeEsftConfig) -> Targets:
@@ -82,9 +80,9 @@ def _refuse_other_than_linears(targets: Targets, model: nn.Module) -> None:
     if targets.parameters:
         owners = sorted({name.rpartition(".")[0] for name in targets.parameters})
         raise ConfigError(
-            f"{_listed(targets.parameters)} are no Linears but parameters that their modules multiply by themselves: "
-            "moe_esft cannot train them. Leave their part out of moe_target and target_modules, or have PEFT train a "
-            f"copy of the modules with modules_to_save={owners[:_SHOWN]}"
+            f"{some_of(map(repr, targets.parameters))} are no Linears but parameters that their modules multiply by "
+            "themselves: moe_esft cannot train them. Leave their part out of moe_target and target_modules, or have "
+            f"PEFT train a copy of the modules with modules_to_save={owners[:_SHOWN]}"
         )
     modules = dict(base_modules(model))
     chosen = sorted({*targets.linears, *targets.expert_linears})
@@ -92,17 +90,12 @@ def _refuse_other_than_linears(targets: Targets, model: nn.Module) -> None:
     if others:
         kinds = sorted({type(modules[name]).__name__ for name in others})
         raise ConfigError(
-            f"{_listed(others)} are {', '.join(kinds)}, and moe_esft trains Linears and stacked experts only. Leave "
-            "them out with exclude_modules or another moe_target, or use peft_type moe_lora"
+            f"{some_of(map(repr, others))} are {', '.join(kinds)}, and moe_esft trains Linears and stacked experts "
+            "only. Leave them out with exclude_modules or another moe_target, or use peft_type moe_lora"
         )
     quantised = [name for name in chosen if not modules[name].weight.is_floating_point()]  # type: ignore[operator]
     if quantised:
         raise ConfigError(
-            f"{_listed(quantised)} are quantised and cannot be trained in full; load the model in bfloat16, or use "
-            "peft_type moe_lora"
+            f"{some_of(map(repr, quantised))} are quantised and cannot be trained in full; load the model in "
+            "bfloat16, or use peft_type moe_lora"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

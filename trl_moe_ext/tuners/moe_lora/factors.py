@@ -32,6 +32,10 @@ class RankClass:
     selected: SelectedExperts | None = None
     suffix: str = ""
 
+    def experts(self, num_experts: int) -> Sequence[int]:
+        """Those of a module with so many, in the order of their factors."""
+        return range(num_experts) if self.selected is None else self.selected.experts
+
     def factors_of(self, projection: Projection) -> str:
         """The name of the factors of a projection."""
         return projection.name + self.suffix
@@ -77,22 +81,18 @@ class ExpertFactors(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     @classmethod
-    def of_A(cls, classes: Sequence[RankClass], projections: Sequence[Projection], num_experts: int) -> ExpertFactors:  # noqa: N802
-        """The A factors, not initialised."""
-        return cls(
-            {c.factors_of(p): (_rows(c, num_experts), c.rank, p.in_features) for c in classes for p in projections}
-        )
-
-    @classmethod
-    def of_B(cls, classes: Sequence[RankClass], projections: Sequence[Projection], num_experts: int) -> ExpertFactors:  # noqa: N802
-        """The B factors, not initialised."""
-        return cls(
-            {c.factors_of(p): (_rows(c, num_experts), p.out_features, c.rank) for c in classes for p in projections}
-        )
-
-
-def _rows(rank_class: RankClass, num_experts: int) -> int:
-    return num_experts if rank_class.selected is None else len(rank_class.selected)
+    def pair(
+        cls, classes: Sequence[RankClass], projections: Sequence[Projection], num_experts: int
+    ) -> tuple[ExpertFactors, ExpertFactors]:
+        """Both sides, A and B, not initialised."""
+        a: dict[str, tuple[int, int, int]] = {}
+        b: dict[str, tuple[int, int, int]] = {}
+        for each in classes:
+            rows = len(each.experts(num_experts))
+            for p in projections:
+                a[each.factors_of(p)] = (rows, each.rank, p.in_features)
+                b[each.factors_of(p)] = (rows, p.out_features, each.rank)
+        return cls(a), cls(b)
 
 
 def indices_of(classes: Sequence[RankClass]) -> SelectedIndices:
@@ -129,6 +129,5 @@ def each_expert(
         if a is None:
             continue
         b = getattr(B, rank_class.factors_of(projection))
-        experts = range(num_experts) if rank_class.selected is None else rank_class.selected.experts
-        for place, expert in enumerate(experts):
+        for place, expert in enumerate(rank_class.experts(num_experts)):
             yield expert, rank_class, a[place], b[place]

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.experts.layout import Projection, weight_view
 from trl_moe_ext.kernels.dropout import draw_seed
-from trl_moe_ext.kernels.experts_mlp import Updates
 from trl_moe_ext.kernels.fused import fused_experts_mlp
-from trl_moe_ext.kernels.lora_linear import LowRank
+from trl_moe_ext.kernels.low_rank import LowRank, Updates
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import host
 from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
@@ -82,8 +81,7 @@ class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
         self.use_rslora[adapter_name] = config.use_rslora
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        self.lora_A[adapter_name] = ExpertFactors.of_A(classes, adapted, experts)
-        self.lora_B[adapter_name] = ExpertFactors.of_B(classes, adapted, experts)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = ExpertFactors.pair(classes, adapted, experts)
         self.rank_classes[adapter_name] = classes
         if any(each.selected is not None for each in classes):
             self.lora_selected[adapter_name] = indices_of(classes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
-from trl_moe_ext.errors import ConfigError, near_matches
+from trl_moe_ext.errors import ConfigError, near_matches, some_of
 from trl_moe_ext.experts.anatomy import Anatomy
 from trl_moe_ext.profiles.choose import by_coverage, by_number, ranks_by_share
 from trl_moe_ext.profiles.match import check_profile
@@ -15,7 +15,6 @@ from trl_moe_ext.profiles.profile import ExpertProfile, LayerUse
 from trl_moe_ext.tuners.selection.options import ExpertSelectionOptions
 
 Selection = dict[str, tuple[int, ...]]
-_SHOWN = 3
 
 
 def selected_experts(
@@ -142,14 +141,9 @@ def tell_of_unchosen(config: ExpertSelectionOptions, adapted: Set[str], selectio
     unchosen, unadapted = sorted(adapted - selection.keys()), sorted(selection.keys() - adapted)
     if unchosen:
         warnings.warn(
-            f"no experts are chosen of {_listed(unchosen)}: all of them are trained there. To leave them frozen use "
+            f"no experts are chosen of {some_of(unchosen)}: all of them are trained there. To leave them frozen use "
             "exclude_modules",
             stacklevel=2,
         )
     if unadapted and config.profile_path is None:
-        warnings.warn(f"experts are chosen of {_listed(unadapted)}, which is not adapted: no effect", stacklevel=2)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
+        warnings.warn(f"experts are chosen of {some_of(unadapted)}, which is not adapted: no effect", stacklevel=2)

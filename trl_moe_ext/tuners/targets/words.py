@@ -78,7 +78,7 @@ def check_modules_to_save(config: TargetOptions, anatomy: Anatomy) -> None:
         if held:
             raise ConfigError(
                 f"modules_to_save={word!r} holds routed experts ({held[0]}): a full copy of them would be trained and "
-                "saved. Leave it out: the experts are adapted by moe_lora"
+                "saved. Leave it out: the experts are adapted already"
             )
 
 
