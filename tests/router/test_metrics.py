@@ -13,6 +13,7 @@ from hypothesis import given
 
 from tests.router.observed import observed, part_of, split_routings
 from trl_moe_ext.router import metrics
+from trl_moe_ext.router.losses import kl_divergence
 from trl_moe_ext.router.statistics import DriftStatistics, LayerStatistics
 
 EXPERTS, TOP_K = 6, 2
@@ -112,6 +113,15 @@ def test_no_drift_from_itself() -> None:
     drift = metrics.drift(routing, routing)
     assert metrics.drift_kl(drift).item() == 0
     assert metrics.topk_overlap(drift).item() == 1
+
+
+def test_kl_of_nearly_equal_routings_is_not_negative() -> None:
+    logits = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    changed = logits + 1e-6 * torch.randn(2000, 8, generator=torch.Generator().manual_seed(1))
+    base, now = logits.softmax(-1), changed.softmax(-1)
+    assert (kl_divergence(base, now) < 0).any(), "rounding shows"
+    for one, other in zip(base.split(1), now.split(1), strict=True):
+        assert metrics.drift_kl(metrics.drift(observed(one, 2), observed(other, 2))).item() >= 0
 
 
 def test_overlap_does_not_look_at_the_order_of_choices() -> None:

@@ -83,7 +83,8 @@ def drift(base: Routing, now: Routing) -> DriftStatistics:
     stays = (base.top_k_index.unsqueeze(2) == now.top_k_index.unsqueeze(1)).any(2)
     return DriftStatistics(
         tokens=as_sum(count_tokens(now)),
-        kl=as_sum(only_kept(kl, now.kept).sum()),
+        # A divergence is not negative; between rows that are nearly equal, rounding can make it so.
+        kl=as_sum(only_kept(kl.clamp_min(0.0), now.kept).sum()),
         chosen=as_sum(only_kept(chosen, now.kept).sum()),
         still_chosen=as_sum(only_kept(chosen & stays, now.kept).sum()),
     )
