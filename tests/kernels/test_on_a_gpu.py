@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.cases import Chosen, interleaved, make_case, relu_squared
 from tests.tolerances import assert_gradient_close, assert_output_close
-from trl_moe_ext.kernels import row_ops
+from trl_moe_ext.kernels import on_triton
 from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 
@@ -52,7 +52,7 @@ def _full_precision():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_reference(layout, dtype, triton, monkeypatch):
     if not triton:
-        monkeypatch.setattr(row_ops, "_triton", lambda rows: None)
+        monkeypatch.setattr(on_triton, "takes", lambda rows: False)
     case = make_case(**LAYOUTS[layout], dtype=dtype)
     out, gradients = case.to("cuda").run(fused_experts_mlp)
     expected, expected_gradients = case.double().run(experts_mlp_reference)
@@ -62,7 +62,7 @@ def test_equals_the_reference(layout, dtype, triton, monkeypatch):
 
 
 def test_triton_is_there():
-    assert row_ops._triton(torch.ones(1, device="cuda")) is not None
+    assert on_triton.takes(torch.ones(1, device="cuda"))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.kernels.cases import Chosen, interleaved, make_case, relu_squared
 from tests.tolerances import RELATIVE_ERROR, assert_gradient_close, assert_output_close, relative_error
-from trl_moe_ext.kernels import fused, fused_grouped, grouped, grouped_update, row_ops
+from trl_moe_ext.kernels import fused, fused_grouped, grouped, grouped_update, low_rank_rows
 from trl_moe_ext.kernels.builtin import register_kernels
 from trl_moe_ext.kernels.dropout import keep_mask
 from trl_moe_ext.kernels.experts_mlp import experts_mlp
@@ -219,7 +219,7 @@ def test_the_loop_spends_nothing_on_rows_without_an_update(monkeypatch):
 def test_classes_of_ranks_take_as_many_products_as_one_update(monkeypatch):
     """Of all rows, on a GPU: each is a pass over them."""
     calls, product = [], grouped.grouped_mm
-    for module in (fused_grouped, grouped_update, row_ops):
+    for module in (fused_grouped, low_rank_rows):
         monkeypatch.setattr(module, "grouped_mm", lambda *a, **k: calls.append(len(calls)) or product(*a, **k))
     counts = []
     for layout in ("all", "one update", "classes of ranks"):
@@ -275,18 +275,20 @@ CPU = torch.device("cpu")
 def test_slots_and_runs():
     some = SelectedExperts((1, 2, 6), 9)
     assert some.slots(CPU).tolist() == [3, 0, 1, 3, 3, 3, 2, 3, 3]
-    last, of_selected = some.runs(CPU)
+    last, of_selected, is_alone = some.runs(CPU)
     assert last.tolist() == [0, 1, 2, 5, 6, 8]
     assert of_selected.tolist() == [1, 2, 4]
+    assert is_alone.tolist() == [False, True, True, False, True, False]
     everyone = SelectedExperts((0, 1, 2), 3)
-    assert [t.tolist() for t in everyone.runs(CPU)] == [[0, 1, 2], [0, 1, 2]]
+    assert [t.tolist() for t in everyone.runs(CPU)] == [[0, 1, 2], [0, 1, 2], [True, True, True]]
 
 
 def test_runs_beside_other_experts():
     some, other = SelectedExperts((1, 6), 9), SelectedExperts((4, 8), 9)
-    (last, mine), (same, theirs) = some.runs(CPU, [other]), other.runs(CPU, [some])
+    (last, mine, alone), (same, theirs, _) = some.runs(CPU, [other]), other.runs(CPU, [some])
     assert last.tolist() == same.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
     assert [last[mine].tolist(), last[theirs].tolist()] == [[1, 6], [4, 8]]
+    assert last[alone].tolist() == [1, 4, 6, 8]
 
 
 def test_a_device_is_sent_a_selection_once():

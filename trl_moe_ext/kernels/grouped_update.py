@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_moe_ext.kernels.dispatch import Dispatch
-from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm, grouped_outer
+from trl_moe_ext.kernels.grouped import aligned_rank, grouped_mm
 from trl_moe_ext.kernels.low_rank import Updates
-from trl_moe_ext.kernels.row_ops import add_low_rank
+from trl_moe_ext.kernels.low_rank_rows import add_low_rank, outer, project
 
 
 class GroupedUpdate:
@@ -30,13 +30,15 @@ class GroupedUpdate:
     """
 
     def __init__(self, updates: Updates, dispatch: Dispatch, like: Tensor, *, zero_tail: bool = False) -> None:
-        self._updates, self._first, self._dispatch, self._zero_tail = updates, updates[0], dispatch, zero_tail
+        self._updates, self._first, self._order, self._zero_tail = updates, updates[0], dispatch.order, zero_tail
         selections = [update.selected for update in updates if update.selected is not None]
         self._runs = [
             each.runs(like.device, [other for other in selections if other is not each]) for each in selections
         ]
+        # The end of each group's rows, and which groups have an update. All updates have the same runs.
+        self._groups: tuple[Tensor, Tensor | None] = dispatch.offsets, None
         if self._runs:
-            self._dispatch = dispatch._replace(offsets=dispatch.offsets[self._runs[0].last])
+            self._groups = dispatch.offsets[self._runs[0].last], self._runs[0].is_alone
         # One scaling is for the rank-sized results, as in the formulas. Several are in A, and so in u and in dx.
         is_one = all(update.scaling == self._first.scaling for update in updates)
         self._scaling = self._first.scaling if is_one else 1.0
@@ -48,29 +50,29 @@ class GroupedUpdate:
         self._B = self._joined(_padded(u.B.to(like.dtype), (0, rank - u.B.shape[2])) for u in updates)
 
     def u(self, x: Tensor) -> Tensor:
-        return self._product(self._dropped(x), self._A.mT).mul_(self._scaling)
+        return project(self._dropped(x), self._A.mT, *self._groups).mul_(self._scaling)
 
     def add_y(self, rows: Tensor, u: Tensor) -> None:
-        add_low_rank(rows, u, self._B.mT, self._dispatch)
+        add_low_rank(rows, u, self._B.mT, *self._groups)
 
     def v(self, g: Tensor) -> Tensor:
-        return self._product(g, self._B).mul_(self._scaling)
+        return project(g, self._B, *self._groups).mul_(self._scaling)
 
     def add_dx(self, rows: Tensor, v: Tensor) -> None:
         if self._first.seed is None:
-            add_low_rank(rows, v, self._A, self._dispatch)
+            add_low_rank(rows, v, self._A, *self._groups)
         else:
-            rows += self._dropped(self._product(v, self._A, self._zero_tail))
+            rows += self._dropped(grouped_mm(v, self._A, self._groups[0], zero_tail=self._zero_tail))
 
     def dA(self, v: Tensor, x: Tensor) -> list[Tensor]:  # noqa: N802
         """One for each update."""
-        parts = self._parts(grouped_outer(v, self._dropped(x), self._dispatch.offsets))
+        parts = self._parts(outer(v, self._dropped(x), *self._groups))
         scaled = (p if s == 1.0 else p * s for p, s in zip(parts, self._scalings, strict=True))
         return [part[:, : u.A.shape[1]].to(u.A.dtype) for u, part in zip(self._updates, scaled, strict=True)]
 
     def dB(self, g: Tensor, u: Tensor) -> list[Tensor]:  # noqa: N802
         """One for each update."""
-        parts = self._parts(grouped_outer(g, u, self._dispatch.offsets))
+        parts = self._parts(outer(g, u, *self._groups))
         return [part[..., : u.B.shape[2]].to(u.B.dtype) for u, part in zip(self._updates, parts, strict=True)]
 
     def _joined(self, factors: Iterable[Tensor]) -> Tensor:
@@ -87,11 +89,8 @@ class GroupedUpdate:
         """``(R, m, n)`` to the ``(G, m, n)`` of each update."""
         return [runs.collect(joined) for runs in self._runs] or [joined]
 
-    def _product(self, rows: Tensor, factor: Tensor, zero_tail: bool = False) -> Tensor:
-        return grouped_mm(rows, factor, self._dispatch.offsets, zero_tail=zero_tail)
-
     def _dropped(self, rows: Tensor) -> Tensor:
-        return self._first.dropped(rows, self._dispatch.order)
+        return self._first.dropped(rows, self._order)
 
 
 def _padded(factor: Tensor, zeros: tuple[int, ...]) -> Tensor:

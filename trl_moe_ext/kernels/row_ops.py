@@ -6,29 +6,21 @@ here is one pass where torch takes three to eight. Under torch.compile torch is 
 Rows from ``offsets[-1]`` on belong to no expert and may hold anything, NaN included: they reach no result but rows of
 no expert.
 
-Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, n columns, I intermediate, r rank.
+Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, n columns, I intermediate.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from trl_moe_ext.kernels import on_triton
 from trl_moe_ext.kernels.dispatch import Dispatch
 from trl_moe_ext.kernels.gates import Gate
-from trl_moe_ext.kernels.grouped import grouped_mm
 
-__all__ = ["add_low_rank", "combine", "gated", "gated_backward", "weight_gradient"]
-
-
-# A tile's factors have to fit into the shared memory of a multiprocessor: rank 128 in bfloat16.
-_LARGEST_RANK_BYTES = 256
+__all__ = ["combine", "gated", "gated_backward", "weight_gradient"]
 
 
 def gated(gate: Gate, h: Tensor) -> Tensor:
@@ -61,21 +53,6 @@ def gated_backward(
             d_a *= weights
         d_h = gate.backward(h, d_a)
     return d_h, a, None if d_w is None else d_w.masked_fill_(_is_nobodys(d_w, dispatch), 0)
-
-
-def add_low_rank(rows: Tensor, u: Tensor, factor: Tensor, dispatch: Dispatch) -> None:
-    """Add ``u_e factor_e`` to the rows of each expert e, in place.
-
-    Args:
-        rows: ``(S, n)``.
-        u: ``(S, r)`` in their dtype.
-        factor: ``(E, r, n)`` likewise, any strides.
-    """
-    triton_rows = _triton(rows)
-    if triton_rows and factor.shape[1] * factor.element_size() <= _LARGEST_RANK_BYTES:
-        triton_rows.add_low_rank(rows, u, factor, dispatch.offsets)
-    else:
-        rows += grouped_mm(u, factor, dispatch.offsets)
 
 
 def combine(rows: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
@@ -113,29 +90,8 @@ def _is_nobodys(rows: Tensor, dispatch: Dispatch) -> Tensor:
 
 def _triton(rows: Tensor) -> ModuleType | None:
     """The module of Triton kernels, if it can take these rows."""
-    if rows.device.type != "cuda" or torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
+    if not on_triton.takes(rows):
         return None
-    return (
-        _triton_rows(rows.device)
-        if rows.dtype in (torch.bfloat16, torch.float16, torch.float32) and rows.numel()
-        else None
-    )
+    from trl_moe_ext.kernels import triton_rows
 
-
-@functools.cache
-def _triton_rows(device: torch.device) -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        from trl_moe_ext.kernels import triton_rows
-
-        triton_rows.gated(Gate("silu"), torch.ones(1, 1, device=device))
-    except Exception as error:  # whatever a compiler, a driver or an old card may raise
-        warnings.warn(
-            f"Triton is installed but does not work on {device}, so torch does the work of its kernels, which is "
-            f"slower ({type(error).__name__}: {error})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
     return triton_rows

@@ -22,10 +22,12 @@ class Runs(NamedTuple):
     Attributes:
         last: ``(R,)`` int64, the last expert of each run: ``offsets[last]`` are the ends of its rows.
         of_selected: ``(G,)`` int64, the run of each selected expert.
+        is_alone: ``(R,)`` bool, whether a run is of one expert that has an update; the others have none.
     """
 
     last: Tensor
     of_selected: Tensor
+    is_alone: Tensor
 
     def spread(self, factors: Tensor, onto: Tensor | None = None) -> Tensor:
         """``(G, m, n)`` factors of the selected experts to ``(R, m, n)``; the rest is what `onto` holds, or zero."""
@@ -106,7 +108,8 @@ class SelectedExperts:
         last = [expert for expert in range(self.num_experts) if expert in ends]
         run_of = {expert: run for run, expert in enumerate(last)}
         of_selected = [run_of[expert] for expert in self.experts]
-        return Runs(torch.tensor(last, device=device), torch.tensor(of_selected, device=device))
+        is_alone = [expert in alone for expert in last]
+        return Runs(*(torch.tensor(each, device=device) for each in (last, of_selected, is_alone)))
 
 
 def _is_traced() -> bool:

@@ -2,7 +2,7 @@
 
 `row_ops` says what each function computes. Imported only where Triton is installed.
 
-Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, E experts, n columns, I intermediate, r rank.
+Legend: T tokens, K top_k, S = T*K routed rows sorted by expert, n columns, I intermediate.
 """
 
 # Triton compiles these functions: their arguments are pointers, scalars and constants, and annotations mean constants.
@@ -21,16 +21,15 @@ from torch import Tensor
 from trl_moe_ext.kernels.dispatch import Dispatch
 from trl_moe_ext.kernels.gates import Gate
 
-__all__ = ["add_low_rank", "combine", "gated", "gated_backward"]
+__all__ = ["combine", "device_of", "gated", "gated_backward"]
 
 _COLUMNS = 1024  # at once, of row-wise kernels
-_TILE_ROWS, _TILE_COLUMNS = 64, 128  # of a low-rank update
 
 
 def gated(gate: Gate, h: Tensor) -> Tensor:
     act, form, width = _form(gate, h)
     a = h.new_empty(h.shape[0], width)
-    with _device_of(h):
+    with device_of(h):
         _gated_kernel[(h.shape[0],)](h, a, width, h.stride(0), gate.alpha, gate.limit, act, form, _block(width))
     return a
 
@@ -39,7 +38,7 @@ def gated_backward(gate: Gate, h: Tensor, d_a: Tensor, weights: Tensor | None) -
     act, form, width = _form(gate, h)
     d_h = h.new_empty(h.shape)  # rows of a grouped product may be padded, these are not
     d_w = None if weights is None else h.new_empty(h.shape[0], dtype=torch.float32)
-    with _device_of(h):
+    with device_of(h):
         _gated_backward_kernel[(h.shape[0],)](
             h, d_a, weights, d_h, d_w, width, h.stride(0), d_h.stride(0), d_a.stride(0), gate.alpha, gate.limit,
             act, form, weights is not None, _block(width),
@@ -48,22 +47,11 @@ def gated_backward(gate: Gate, h: Tensor, d_a: Tensor, weights: Tensor | None) -
     return d_h, d_a, d_w
 
 
-def add_low_rank(rows: Tensor, u: Tensor, factor: Tensor, offsets: Tensor) -> None:
-    num_experts, rank, columns = factor.shape
-    # Tiles start at an expert's first row: each expert has at most one that is not full.
-    tiles = triton.cdiv(rows.shape[0], _TILE_ROWS) + num_experts
-    with _device_of(rows):
-        _add_low_rank_kernel[(tiles, triton.cdiv(columns, _TILE_COLUMNS))](
-            rows, u, factor, offsets, num_experts, rank, columns, rows.stride(0), u.stride(0), *factor.stride(),
-            triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(rank)), _TILE_ROWS, _TILE_COLUMNS,
-        )  # fmt: skip
-
-
 def combine(rows: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
     tokens, columns = rows.shape[0] // dispatch.top_k, rows.shape[1]
     out = rows.new_empty(tokens, columns)
     block = _block(columns)
-    with _device_of(rows):
+    with device_of(rows):
         _combine_kernel[(tokens, triton.cdiv(columns, block))](
             rows, None if weights is None else weights.contiguous(), dispatch.position, dispatch.offsets, out,
             dispatch.offsets.shape[0], columns, rows.stride(0), dispatch.top_k, weights is not None, block,
@@ -71,7 +59,7 @@ def combine(rows: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
     return out
 
 
-def _device_of(rows: Tensor) -> AbstractContextManager[Any]:
+def device_of(rows: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever its arguments are. Its interpreter takes tensors of a CPU."""
     return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
 
@@ -182,40 +170,6 @@ def _gated_backward_kernel(
             tl.store(d_h + 2 * column + 1, (grad * by_up).to(kind), inside)
     if WEIGHTED:
         tl.store(d_w + row, tl.sum(product, 0))
-
-
-@triton.jit
-def _add_low_rank_kernel(
-    rows, u, factor, offsets, num_experts, rank, columns, row_stride, u_stride, expert_stride, rank_stride,
-    column_stride, EXPERTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0)
-    index = tl.arange(0, EXPERTS)
-    known = index < num_experts
-    ends = tl.load(offsets + index, known, 0)
-    starts = tl.load(offsets + index - 1, known & (index > 0), 0)
-    tiles = tl.where(known, (ends - starts + ROWS - 1) // ROWS, 0)
-    after = tl.cumsum(tiles, 0)
-    expert = tl.sum(tl.where(known & (after <= tile), 1, 0), 0)
-    if expert < num_experts:
-        is_it = index == expert
-        first = tl.sum(tl.where(is_it, starts, 0), 0)
-        end = tl.sum(tl.where(is_it, ends, 0), 0)
-        before = tl.sum(tl.where(is_it, after - tiles, 0), 0)
-        row = first + (tile - before) * ROWS + tl.arange(0, ROWS)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        k = tl.arange(0, RANK)
-        in_rows, in_columns, in_rank = (row < end)[:, None], (column < columns)[None, :], k < rank
-        row64 = row.to(tl.int64)[:, None]
-        left = tl.load(u + row64 * u_stride + k[None, :], in_rows & in_rank[None, :], 0.0)
-        factor += expert.to(tl.int64) * expert_stride
-        right = tl.load(
-            factor + k[:, None] * rank_stride + column[None, :] * column_stride, in_rank[:, None] & in_columns, 0.0
-        )
-        there = rows + row64 * row_stride + column[None, :]
-        update = tl.dot(left, right, input_precision="ieee")
-        total = tl.load(there, in_rows & in_columns, 0.0).to(tl.float32) + update
-        tl.store(there, total.to(rows.dtype.element_ty), in_rows & in_columns)
 
 
 @triton.jit
