@@ -77,9 +77,9 @@ def _check_kernel(name: str) -> None:
 def _check_profile(config: TargetOptions) -> None:
     """The tuner reads the profile when it has the model, which it compares it with."""
     if config.profile_path is not None:
-        from trl_moe_ext.profiles.profile import ExpertProfile
+        from trl_moe_ext.tuners.selection.profiled import load_profile
 
-        ExpertProfile.load(config.profile_path)
+        load_profile(config.profile_path)
 
 
 def _in_words_of_the_command(message: str) -> str:

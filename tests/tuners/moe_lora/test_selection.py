@@ -174,7 +174,6 @@ def test_experts_that_there_are_not(stock, selected, message):
         ({"selected_experts": {LAYERS[0]: [True]}}, "use a list"),
         ({"expert_rank": "by_use"}, "did you mean|known"),
         ({"selected_experts": SELECTED, "moe_target": ["attention"]}, "leaves the experts out"),
-        ({"selected_experts": SELECTED, "expert_selection": "profile:p.json", "experts_per_layer": 1}, "both say"),
     ],
 )
 def test_options_that_contradict_each_other(options, message):
@@ -213,7 +212,7 @@ def test_ranks_by_share_keep_the_number_of_parameters(stock, profile, tmp_path):
     use, path = profile
     model = adapted(stock, expert_selection=f"profile:{path}", expert_rank="by_share")
     assert trained(model) <= trained(adapted(stock))
-    ranks = model.peft_config["default"].rank_pattern
+    ranks = model.peft_config["default"].to_dict()["rank_pattern"]
     for layer in use.layers:
         own = [ranks[f"{layer.experts[0]}.{expert}"] for expert in range(layer.num_experts)]
         pairs = permutations(zip(layer.token_share, own, strict=True), 2)

@@ -49,7 +49,8 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
             ``expert_alpha / sqrt(expert_r)``.
         expert_rank: ``uniform``; or ``by_share``, which gives experts that the data uses more a higher rank within the
             same number of parameters: between a quarter and four times `expert_r`, which is their mean. It takes a
-            profile as `expert_selection`, and writes `rank_pattern`.
+            profile as `expert_selection`. An expert with an entry of its own in `rank_pattern` keeps that rank, and
+            the others get theirs as if it were not there. Such ranks are saved as entries of `rank_pattern`.
         router_mode: whether the router is trained: ``frozen``; ``lora``, the same as ``router`` in `moe_target`; or
             ``full``, a copy of every router, which PEFT saves with the adapter (`modules_to_save`). None is ``lora``
             if `moe_target` has ``router``, else ``frozen``.
@@ -90,6 +91,9 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
         _refuse_meaningless(self)
         super().__post_init__()
         self.peft_type = PeftType.MOE_LORA
+        # Written by the tuner for each model. Beside `rank_pattern` and no field: a copy with other options would
+        # take what an earlier use has found for the user's own ranks.
+        self.ranks_by_share: dict[str, int] = {}
         self.check_targets()
         check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
         check_words("expert_rank", [self.expert_rank], EXPERT_RANKS)
@@ -144,7 +148,8 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
         saved: dict[str, Any] = super().to_dict()
         for name in ("kernel", "save_activations"):
             saved.pop(name, None)
-        return saved | {"saved_with": f"trl_moe_ext {__version__}"}
+        ranks = {**self.rank_pattern, **self.ranks_by_share}
+        return saved | {"rank_pattern": ranks, "saved_with": f"trl_moe_ext {__version__}"}
 
 
 def _refuse_meaningless(config: MoeLoraConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from trl_moe_ext.experts.layout import Projection, weight_view
 from trl_moe_ext.kernels.dropout import draw_seed
 from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.low_rank import LowRank, Updates
-from trl_moe_ext.kernels.registry import Kernel
-from trl_moe_ext.plugins import host
 from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
+from trl_moe_ext.tuners.moe_lora.adapter_kernels import check_together, kernel_of, words_of
 from trl_moe_ext.tuners.moe_lora.bias_merging import check_bias_mergeable, merge_bias, unmerge_bias
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.factors import (
@@ -45,6 +43,7 @@ class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
     other_param_names = (
         *LoraLayer.other_param_names,
         "kernels",
+        "kernel_words",
         "rank_classes",
         "lora_selected",
         "lora_router_bias",
@@ -56,6 +55,7 @@ class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
         super().__init__(base_layer)
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.kernels: dict[str, Callable[..., Tensor]] = {}
+        self.kernel_words: dict[str, str] = {}
         self.rank_classes: dict[str, tuple[RankClass, ...]] = {}
         self.lora_selected = nn.ModuleDict()
         self.lora_router_bias = nn.ModuleDict()
@@ -85,13 +85,23 @@ class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
         self.rank_classes[adapter_name] = classes
         if any(each.selected is not None for each in classes):
             self.lora_selected[adapter_name] = indices_of(classes)
-        self.kernels[adapter_name] = _kernel(config, adapter_name in self.lora_selected)
+        self.kernels[adapter_name] = kernel_of(config, adapter_name in self.lora_selected)
+        self.kernel_words[adapter_name] = words_of(config)
         bias_size = getattr(config, "router_bias_size", None)  # what the targets found for this module
         if bias_size is not None:
             self.lora_router_bias[adapter_name] = RouterBias(bias_size)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; raises ConfigError for adapters that cannot be active together."""
+        self.check_together(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def check_together(self, adapter_names: str | list[str]) -> None:
+        """Raise ConfigError for adapters that name different kernels; nothing is changed."""
+        check_together(self.kernel_words, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def _is_adapted(self, projection: Projection, config: MoeLoraConfig) -> bool:
         names = getattr(config, "projection_names", None)  # what the targets chose for this module
@@ -176,20 +186,3 @@ class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
 
     def _merge_rest(self, adapter_name: str, sign: int) -> None:
         (merge_bias if sign > 0 else unmerge_bias)(self, adapter_name)
-
-
-def _kernel(config: MoeLoraConfig, selects: bool) -> Callable[..., Tensor]:
-    kernel: Kernel = host().lookup("register_kernels", config.kernel)
-    if selects and not kernel.takes_selection:
-        raise ConfigError(
-            f"kernel {config.kernel!r} runs updates of all experts only; leave expert_selection and expert_rank out, "
-            "or use kernel 'fused'"
-        )
-    if kernel.chooses_activations:
-        return partial(kernel.experts_mlp, save_activations=config.save_activations)
-    if config.save_activations != "gate_up":
-        raise ConfigError(
-            f"save_activations={config.save_activations!r} has no effect with kernel {config.kernel!r}, which does "
-            "not offer the choice; leave it out, or use kernel 'fused'"
-        )
-    return kernel.experts_mlp

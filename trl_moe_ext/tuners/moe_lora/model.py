@@ -53,6 +53,13 @@ class MoeLoraModel(ExpertsTuner, LoraModel):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         hook_biased_routers(model)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; all layers are checked before the first one changes."""
+        for module in self.modules():
+            if isinstance(module, MoeLoraExperts):
+                module.check_together(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def _inject_parameters(
         self, peft_config: MoeLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:

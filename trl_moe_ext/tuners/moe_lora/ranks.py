@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.errors import ConfigError, some_of
+from trl_moe_ext.profiles.choose import ranks_by_share
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
-from trl_moe_ext.tuners.selection.resolve import expert_of, patterns_by_share, read_profile, sizes_of_experts
+from trl_moe_ext.tuners.moe_lora.patterns import ExpertPatterns
+from trl_moe_ext.tuners.selection.resolve import expert_of, sizes_of_experts
 from trl_moe_ext.tuners.targets.resolve import Targets, base_modules
-
-
-class ExpertPatterns:
-    """The entries of a `rank_pattern` that name experts, such as ``layers.3.mlp.experts.17``.
-
-    A model has thousands of experts, and ranks by share an entry for each: full names are looked up, and only what is
-    none is tried as PEFT tries it, as a regular expression for the end of a name.
-
-    Args:
-        patterns: `rank_pattern`.
-        sizes: modules of experts -> how many they hold.
-    """
-
-    def __init__(self, patterns: Mapping[str, int], sizes: Mapping[str, int]) -> None:
-        names = {f"{module}.{expert}" for module, size in sizes.items() for expert in range(size)}
-        self._patterns = patterns
-        self._exact = patterns.keys() & names
-        self.others = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns if key not in self._exact}
-        self._used = set(self._exact)
-
-    def key(self, module: str, expert: int) -> str | None:
-        """The entry that names an expert; what is no full name comes first."""
-        name = f"{module}.{expert}"
-        key = next((key for key, regex in self.others.items() if regex.match(name)), None)
-        if key is not None:
-            self._used.add(key)
-            return key
-        return name if name in self._exact else None
-
-    def ranks(self, module: str, experts: Sequence[int]) -> dict[int, int]:
-        """Those of `experts` that have a rank of their own."""
-        return {e: self._patterns[key] for e in experts if (key := self.key(module, e)) is not None}
-
-    def without_experts(self, modules: Sequence[str]) -> dict[str, int]:
-        """The entries that name no expert, or one of `modules` as well."""
-        return {
-            key: rank
-            for key, rank in self._patterns.items()
-            if key not in self._used or (key in self.others and any(map(self.others[key].match, modules)))
-        }
+from trl_moe_ext.tuners.targets.tied import TiedNames
 
 
 def settle_ranks(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> dict[str, int]:
-    """Write the ranks of experts into `targets`, and those by share into the config's `rank_pattern` before.
+    """Write the ranks of experts into `targets`, and those by share into the config's `ranks_by_share`.
 
     Args:
-        config: of the adapter. Once it was saved, or used, its `rank_pattern` has the ranks.
+        config: of the adapter.
         targets: what the adapter takes from the model.
         model: with or without other adapters.
 
@@ -66,50 +29,102 @@ def settle_ranks(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> d
         `rank_pattern` without the entries of single experts, which PEFT would warn of: it knows no such modules.
 
     Raises:
-        ConfigError: the profile is of another model, or an expert that is not trained has a rank.
+        ConfigError: a rank is given to an expert that is not trained, modules that share their weights get different
+            ranks, or ranks by share have no effect.
     """
     modules = dict(base_modules(model))
     sizes = sizes_of_experts(targets.anatomy, modules)
+    trained = _trained_experts(targets, modules, sizes)
     patterns = ExpertPatterns(config.rank_pattern, sizes)
-    if config.expert_rank == "by_share" and config.saved_with is None and not hasattr(config, "resolved"):
-        profile = read_profile(config, model)
-        assert profile is not None, "the config has checked that there is one"
-        trained = {*targets.experts, *(targets.anatomy.expert_linears[name] for name in targets.expert_linears)}
-        ranks = {name: _rank_of_module(config, patterns, name) for name in sorted(trained)}
-        by_share = patterns_by_share(profile, config.expert_score, ranks, targets.selection)
-        config.rank_pattern = {**config.rank_pattern, **by_share}
-        patterns = ExpertPatterns(config.rank_pattern, sizes)
+    for name, experts in trained.items():
+        _refuse_untrained(patterns, name, experts, sizes[name])
+    config.ranks_by_share = _by_share(config, targets, patterns, trained)
+    patterns = ExpertPatterns(config.rank_pattern | config.ranks_by_share, sizes)
     for name in targets.experts:
-        experts = None if targets.selection is None else targets.selection.get(name)
-        found = _ranks_of_module(patterns, name, experts, sizes[name], _rank_of_module(config, patterns, name))
-        if found is not None:
-            targets.expert_ranks[name] = found
-    for name in targets.expert_linears:
+        own = patterns.ranks(name, trained[name])
+        if own or len(trained[name]) < sizes[name]:
+            rank = _rank_of_module(config, patterns, name)
+            targets.expert_ranks[name] = {expert: own.get(expert, rank) for expert in trained[name]}
+    for name in (name for name in targets.expert_linears if targets.anatomy.expert_linears[name] in sizes):
         container = targets.anatomy.expert_linears[name]
-        if container in sizes:
-            expert = expert_of(modules, container, name)
-            own = patterns.ranks(container, [expert])
-            if own:
-                targets.linear_ranks[name] = own[expert]
+        for rank in patterns.ranks(container, [expert_of(modules, container, name)]).values():
+            targets.linear_ranks[name] = rank
+    _refuse_differing(config, targets, patterns, TiedNames({name: modules[name] for name in targets.experts}))
     return patterns.without_experts([*targets.experts, *targets.expert_linears, *targets.linears])
 
 
-def _ranks_of_module(
-    patterns: ExpertPatterns, module: str, experts: Sequence[int] | None, num_experts: int, rank: int
-) -> dict[int, int] | None:
-    """The rank of each trained expert of a module; None if all experts are trained with `rank`."""
-    own = patterns.ranks(module, range(num_experts))
-    if experts is None:
-        return {expert: own.get(expert, rank) for expert in range(num_experts)} if own else None
-    keys = {expert: patterns.key(module, expert) for expert in own}
-    of_trained = {keys[expert] for expert in experts if expert in keys}
-    for expert in own.keys() - {*experts}:
+def _trained_experts(
+    targets: Targets, modules: Mapping[str, nn.Module], sizes: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """Modules of experts -> those of them that are trained, whether they are stacked or modules of their own."""
+    selection = targets.selection or {}
+    trained: dict[str, set[int]] = {name: {*selection.get(name, range(sizes[name]))} for name in targets.experts}
+    for name in targets.expert_linears:
+        container = targets.anatomy.expert_linears[name]
+        if container in sizes:
+            trained.setdefault(container, set()).add(expert_of(modules, container, name))
+    return {name: sorted(experts) for name, experts in sorted(trained.items())}
+
+
+def _by_share(
+    config: MoeLoraConfig, targets: Targets, patterns: ExpertPatterns, trained: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """Entries of `rank_pattern` by use, for the trained experts that have none of their own.
+
+    Those of a module share what its rank would give them. A saved adapter has such entries already.
+    """
+    if config.expert_rank != "by_share":
+        return {}
+    own = {name: patterns.ranks(name, experts) for name, experts in trained.items()}
+    if targets.uses is None:
+        if not any(own.values()):
+            raise ConfigError(
+                "expert_rank='by_share', and rank_pattern has no rank of an expert: the config was saved before it "
+                "was used. Set saved_with=None to have its profile read"
+            )
+        return {}
+    found: dict[str, int] = {}
+    for name in (name for name in trained if name in targets.uses):
+        shares = targets.uses[name].shares(config.expert_score)
+        others = [expert for expert in trained[name] if expert not in own[name]]
+        ranks = ranks_by_share(shares, others, _rank_of_module(config, patterns, name))
+        found |= {f"{name}.{expert}": rank for expert, rank in ranks.items()}
+    if not found:
+        raise ConfigError(
+            "expert_rank='by_share' has no effect: rank_pattern has a rank for every expert that is trained, or the "
+            "profile has the use of none of them. Leave it out"
+        )
+    unknown = sorted(trained.keys() - targets.uses.keys())
+    if unknown:
+        warnings.warn(f"the profile has no use of {some_of(unknown)}: no ranks by share there", stacklevel=2)
+    return found
+
+
+def _refuse_untrained(patterns: ExpertPatterns, module: str, trained: Sequence[int], num_experts: int) -> None:
+    """Raise ConfigError for an entry of which the module trains no expert that it names."""
+    keys = {expert: key for expert in range(num_experts) if (key := patterns.key(module, expert)) is not None}
+    of_trained = {keys[expert] for expert in trained if expert in keys}
+    for expert in keys.keys() - {*trained}:
         if keys[expert] not in of_trained:
             raise ConfigError(
                 f"rank_pattern names expert {expert} of {module!r} ({keys[expert]!r}), which is not selected; leave "
                 "it out, or select the expert"
             )
-    return {expert: own.get(expert, rank) for expert in experts}
+
+
+def _refuse_differing(config: MoeLoraConfig, targets: Targets, patterns: ExpertPatterns, tied: TiedNames) -> None:
+    """Raise ConfigError where `rank_pattern` gives one module of experts two ranks, under two of its names."""
+
+    def ranks(name: str) -> object:
+        return targets.expert_ranks.get(name) or _rank_of_module(config, patterns, name)
+
+    for first in sorted(targets.experts):
+        for name in sorted(tied.of([first])):
+            if ranks(name) != ranks(first):
+                raise ConfigError(
+                    f"rank_pattern gives the experts of {first!r} and {name!r} different ranks, and they have the "
+                    "same weights; give both the same"
+                )
 
 
 def _rank_of_module(config: MoeLoraConfig, patterns: ExpertPatterns, name: str) -> int:

@@ -27,7 +27,8 @@ class ExpertSelectionOptions:
             weight.
         selected_experts: name of each module of experts -> the chosen ones. Written by the tuner and saved with the
             adapter, which so does not need the profile again; can also be given in the place of a profile. Of modules
-            that it does not name all experts are trained.
+            that it does not name all experts are trained. Until the config is saved its profile decides, for each
+            model that it is used on, and `selected_experts` has to say the same.
     """
 
     expert_selection: str = field(
@@ -52,6 +53,22 @@ class ExpertSelectionOptions:
         if not self.expert_selection.startswith(PROFILE):
             return None
         return Path(self.expert_selection.removeprefix(PROFILE)).expanduser()  # the shell sees no ~ behind a colon
+
+    @property
+    def says_how_many(self) -> bool:
+        """Whether a profile is to choose experts, and not there for ranks alone."""
+        return self.expert_coverage is not None or self.experts_per_layer is not None
+
+    @property
+    def is_decided_by_profile(self) -> bool:
+        """Whether there is a profile to be read: a saved adapter has what came of it.
+
+        A config that was saved before its first use has not.
+        """
+        if self.profile_path is None:
+            return False
+        is_saved = getattr(self, "saved_with", None) is not None
+        return not is_saved or (self.says_how_many and self.selected_experts is None)
 
     @property
     def selects_experts(self) -> bool:
@@ -84,8 +101,11 @@ class ExpertSelectionOptions:
             )
         self._check_amount(path, ranks_by_share)
         self._check_selected(self.selected_experts)
-        if path is not None and self.selected_experts is not None and getattr(self, "saved_with", None) is None:
-            raise ConfigError("selected_experts and a profile both say which experts; leave one of them out")
+        if self.is_decided_by_profile and self.selected_experts is not None and not self.says_how_many:
+            raise ConfigError(
+                "selected_experts has no place beside a profile that is there for ranks alone; set "
+                "selected_experts=None, or let the profile choose with expert_coverage or experts_per_layer"
+            )
 
     def _check_amount(self, path: Path | None, ranks_by_share: bool) -> None:
         given = {"expert_coverage": self.expert_coverage, "experts_per_layer": self.experts_per_layer}

@@ -1,4 +1,4 @@
-"""What the selection of a config means for one model: which experts are trained, with which rank."""
+"""What the selection of a config means for one model: which experts of which modules are trained."""
 
 from __future__ import annotations
 
@@ -9,71 +9,46 @@ from torch import nn
 
 from trl_moe_ext.errors import ConfigError, near_matches, some_of
 from trl_moe_ext.experts.anatomy import Anatomy
-from trl_moe_ext.profiles.choose import by_coverage, by_number, ranks_by_share
-from trl_moe_ext.profiles.match import check_profile
-from trl_moe_ext.profiles.profile import ExpertProfile, LayerUse
 from trl_moe_ext.tuners.selection.options import ExpertSelectionOptions
+from trl_moe_ext.tuners.selection.profiled import Uses, chosen_experts
+from trl_moe_ext.tuners.targets.tied import TiedNames
 
 Selection = dict[str, tuple[int, ...]]
 
 
 def selected_experts(
-    config: ExpertSelectionOptions, model: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]
+    config: ExpertSelectionOptions,
+    uses: Uses | None,
+    anatomy: Anatomy,
+    modules: Mapping[str, nn.Module],
+    tied: TiedNames,
 ) -> Selection | None:
     """Of each module of experts those that `config` chooses, in ascending order; None if it leaves none out.
 
     Args:
         config: of the adapter.
-        model: with or without other adapters.
-        anatomy: its parts.
+        uses: what the profile says that decides, if one does.
+        anatomy: parts of the model.
         modules: name -> module of the model as if no adapter were attached.
+        tied: which of them share their weights, and so the choice.
 
     Raises:
-        ConfigError: the profile is of another model, a module or an expert is named that there is not, or the experts
-            of this model cannot be told apart.
+        ConfigError: a module or an expert is named that there is not, the choice contradicts itself or the profile, or
+            the experts of this model cannot be told apart.
     """
-    says_how_many = config.expert_coverage is not None or config.experts_per_layer is not None
-    if config.selected_experts is None and not says_how_many:
-        return None  # a profile without a number is for ranks
+    if config.selected_experts is None and uses is None:
+        return None
     _refuse_rows(anatomy, modules)
     sizes = sizes_of_experts(anatomy, modules)
-    if config.selected_experts is not None:
-        return _checked(config.selected_experts, sizes)
-    profile = read_profile(config, model)
-    assert profile is not None, "the config has checked that there is one"
-    chosen = {name: _choose(config, layer) for layer in profile.layers for name in layer.experts}
-    if all(len(experts) == sizes[name] for name, experts in chosen.items() if name in sizes):
+    given = None if config.selected_experts is None else _of_tied(_checked(config.selected_experts, sizes), tied)
+    if uses is None or not config.says_how_many:  # a profile without a number is for ranks
+        return given
+    chosen = _checked({name: chosen_experts(config, use) for name, use in uses.items()}, sizes)
+    if given is not None and given != chosen:
+        raise ConfigError(_contradiction(config, given, chosen))
+    if all(len(experts) == sizes[name] for name, experts in chosen.items()):
         warnings.warn("the selection leaves no expert out: all of them are trained", stacklevel=2)
-    return _checked(chosen, sizes)
-
-
-def read_profile(config: ExpertSelectionOptions, model: nn.Module) -> ExpertProfile | None:
-    """The profile that `config` names, if it names one; raises ConfigError if it is not of this model."""
-    if config.profile_path is None:
-        return None
-    profile = ExpertProfile.load(config.profile_path)
-    check_profile(profile, model)
-    return profile
-
-
-def patterns_by_share(
-    profile: ExpertProfile, score: str, ranks: Mapping[str, int], selection: Selection | None
-) -> dict[str, int]:
-    """Entries of `rank_pattern` that give the experts of each module ranks by their use.
-
-    Args:
-        profile: of the model.
-        score: what use is measured by.
-        ranks: modules of experts -> their mean rank.
-        selection: the experts that are trained; None for all.
-    """
-    patterns: dict[str, int] = {}
-    for layer in profile.layers:
-        for name in (name for name in layer.experts if name in ranks):
-            experts = range(layer.num_experts) if selection is None else selection[name]
-            found = ranks_by_share(layer.shares(score), experts, ranks[name])
-            patterns |= {f"{name}.{expert}": rank for expert, rank in found.items()}
-    return patterns
+    return chosen
 
 
 def is_trained(selection: Selection | None, anatomy: Anatomy, modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -109,14 +84,6 @@ def _refuse_rows(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _choose(config: ExpertSelectionOptions, layer: LayerUse) -> tuple[int, ...]:
-    shares = layer.shares(config.expert_score)
-    if config.experts_per_layer is not None:
-        return by_number(shares, config.experts_per_layer)
-    assert config.expert_coverage is not None
-    return by_coverage(shares, config.expert_coverage)
-
-
 def _checked(selected: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> Selection:
     for name, experts in selected.items():
         if name not in sizes:
@@ -128,6 +95,34 @@ def _checked(selected: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) ->
                 f"expert {max(experts)} of {name!r} is selected, which has {sizes[name]} (the first is 0)"
             )
     return {name: tuple(sorted(experts)) for name, experts in selected.items()}
+
+
+def _of_tied(selection: Selection, tied: TiedNames) -> Selection:
+    """The same for all names of modules that share their weights."""
+    found: Selection = {}
+    for first, experts in selection.items():
+        for name in tied.of([first]):
+            other = selection.get(name, experts)
+            if other != experts:
+                raise ConfigError(
+                    f"selected_experts says {[*experts]} of {first!r} and {[*other]} of {name!r}, which have the same "
+                    "weights; say the same of both, or name one of them"
+                )
+            found[name] = experts
+    return found
+
+
+def _contradiction(config: ExpertSelectionOptions, given: Selection, chosen: Selection) -> str:
+    """The message for a choice that is not the profile's, with the first module of which they differ."""
+    name = next(name for name in sorted({*given, *chosen}) if given.get(name) != chosen.get(name))
+    said, by_profile = (
+        f"{[*choice[name]]} of {name!r}" if name in choice else f"nothing of {name!r}" for choice in (given, chosen)
+    )
+    return (
+        f"selected_experts says {said}, and the profile {config.profile_path} says {by_profile}. An earlier use of "
+        "the config may have written it, with other options or another profile: set selected_experts=None to let the "
+        "profile choose; to keep the choice leave the profile and its options out"
+    )
 
 
 def tell_of_unchosen(config: ExpertSelectionOptions, adapted: Set[str], selection: Selection) -> None:

@@ -14,6 +14,7 @@ from trl_moe_ext.errors import ConfigError, LayoutError
 from trl_moe_ext.experts.anatomy import Anatomy, read_anatomy
 from trl_moe_ext.experts.layout import check_dtypes
 from trl_moe_ext.experts.probe import check_reading
+from trl_moe_ext.tuners.selection.profiled import Uses, read_uses
 from trl_moe_ext.tuners.selection.resolve import Selection, is_trained, selected_experts, tell_of_unchosen
 from trl_moe_ext.tuners.targets import words
 from trl_moe_ext.tuners.targets.blocks import check_block
@@ -34,6 +35,7 @@ class Targets:
         words: what the saved config says in `target_modules`: the user's own words, or suffixes that name `linears`.
         excluded: modules that hold a projection that `exclude_modules` left out.
         selection: modules of experts -> those that are trained; None if all are.
+        uses: modules of experts -> how much each expert was used; None without a profile that decides.
         expert_ranks: modules of stacked experts -> expert -> rank, where they are not all trained with the same one.
         linear_ranks: Linears of experts -> rank, where it is not that of all.
         module_ranks: the entries of `rank_pattern` that are for modules, which PEFT looks up.
@@ -48,7 +50,8 @@ class Targets:
     parameters: list[str] = field(default_factory=list)
     words: set[str] | str = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
-    selection: dict[str, tuple[int, ...]] | None = None
+    selection: Selection | None = None
+    uses: Uses | None = None
     expert_ranks: dict[str, dict[int, int]] = field(default_factory=dict)
     linear_ranks: dict[str, int] = field(default_factory=dict)
     module_ranks: dict[str, int] = field(default_factory=dict)
@@ -76,10 +79,11 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
     resolver = Resolver(config, modules, anatomy, head)
     experts, expert_linears = resolver.experts()
     linears, saved, bare = resolver.linears()
-    selection = selected_experts(config, model, anatomy, modules)
+    tied = TiedNames(modules)
+    uses = read_uses(config, model, tied)
+    selection = selected_experts(config, uses, anatomy, modules, tied)
     expert_linears |= linears & anatomy.expert_linears.keys()
     expert_linears = {name for name in expert_linears if is_trained(selection, anatomy, modules, name)}
-    tied = TiedNames(modules)
     targets = Targets(
         experts={name: projections for first, projections in experts.items() for name in tied.of([first])},
         expert_linears=tied.of(expert_linears),
@@ -87,7 +91,8 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
         parameters=[*resolver.other_parameters(), *bare],
         words=saved,
         excluded=resolver.excluded,
-        selection=_of_tied(selection, tied),
+        selection=selection,
+        uses=uses,
         is_dense=resolver.is_dense,
         anatomy=anatomy,
     )
@@ -103,13 +108,6 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
         adapted = {*targets.experts} | {anatomy.expert_linears[name] for name in expert_linears}
         tell_of_unchosen(config, adapted, targets.selection)
     return targets
-
-
-def _of_tied(selection: Selection | None, tied: TiedNames) -> Selection | None:
-    """The same for all names of modules that share their weights."""
-    if selection is None:
-        return None
-    return {name: experts for first, experts in selection.items() for name in tied.of([first])}
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
