@@ -13,6 +13,8 @@ LAYERS = {
     "errors": 0,
     "files": 0,
     "hookspecs": 0,
+    "machine": 0,
+    "plugin_loading": 0,
     "plugins": 0,
     "_autoload": 0,
     "_version": 0,

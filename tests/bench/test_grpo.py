@@ -38,7 +38,9 @@ FACTS = {
 
 
 def request(**changes: Any) -> Request:
-    return replace(Request("model", (0.0, 1.0), 4, 8, 64, 16, 10, 2, 1, 4, 8), **changes)
+    sizes = {"prompts": 4, "num_generations": 8, "completion_length": 64, "rank": 16, "max_staleness": 4}
+    times = {"latencies": (0.0, 1.0), "steps": 10, "warm_up": 2, "rounds": 1, "concurrency": 8}
+    return replace(Request(model="model", **sizes, **times), **changes)
 
 
 def sync(generation: float, training: float, wait: float = 0.0, steps: int = 10) -> Measured:

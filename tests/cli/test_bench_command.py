@@ -16,7 +16,7 @@ from trl_moe_ext.bench import fit
 from trl_moe_ext.bench.peers import DEFAULT_PEERS, PEERS
 from trl_moe_ext.bench.process import Missing
 from trl_moe_ext.bench.shapes import SHAPES
-from trl_moe_ext.cli import bench as command
+from trl_moe_ext.cli import bench_options
 from trl_moe_ext.cli.main import app
 from trl_moe_ext.kernels.experts_mlp import experts_mlp
 from trl_moe_ext.kernels.registry import Kernel
@@ -55,11 +55,13 @@ def test_alone_it_shows_its_help() -> None:
 
 
 def test_the_names_in_the_help_are_those_that_there_are() -> None:
-    assert set(command.SHAPES.split(", ")) == SHAPES.keys() - TINY.keys()
-    assert tuple(command.PEERS.split(",")) == DEFAULT_PEERS
+    assert set(bench_options.SHAPES.split(", ")) == SHAPES.keys() - TINY.keys()
+    assert tuple(bench_options.DEFAULT_PEERS.split(",")) == DEFAULT_PEERS
     text = bench("experts", "--help").output
     assert all(name in text for name in (*SHAPES.keys() - TINY.keys(), *PEERS))
-    assert "takes minutes" in " ".join(text.replace("│", " ").split())
+    words = " ".join(text.replace("│", " ").split())
+    assert "takes minutes" in words
+    assert f"[default: ({', '.join(DEFAULT_PEERS)})]" in words
 
 
 def test_experts(in_this_process: None, tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_json_is_one_object_and_names_say_where_files_go() -> None:
     assert "--moe_expert_selection profile:a.json" in facts["command"]
 
 
+def test_the_help_says_where_the_picture_goes() -> None:
+    text = CliRunner().invoke(app, ["profile", "--help"]).output
+    assert "[default: (that of --out, ending in .png)]" in " ".join(text.replace("│", " ").split())
+
+
 def test_too_few_tokens_are_told_and_counted(here: Path) -> None:
     data = data_of(here / "data", *[{"messages": CHAT}] * 5)
     result = profile("--batch_size", 2, dataset=data)

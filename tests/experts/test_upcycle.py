@@ -26,7 +26,7 @@ from transformers import (
 
 from tests.real_model import smollm2_gguf
 from trl_moe_ext.errors import ConfigError, LayoutError
-from trl_moe_ext.experts import upcycle as upcycle_module
+from trl_moe_ext.experts import upcycle_weights
 from trl_moe_ext.experts.upcycle import LOGITS_TOLERANCE, UpcycleOptions, upcycle
 from trl_moe_ext.experts.upcycle_families import UPCYCLE_FAMILIES
 
@@ -210,8 +210,8 @@ def test_exchanged_projections_are_found(tmp_path: Path, dense: Path, monkeypatc
         mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
         return experts(mlp, *args)
 
-    experts = upcycle_module._experts
-    monkeypatch.setattr(upcycle_module, "_experts", exchanged)
+    experts = upcycle_weights._experts
+    monkeypatch.setattr(upcycle_weights, "_experts", exchanged)
     with pytest.raises(LayoutError, match="differ from the dense model's"):
         upcycle(dense, tmp_path / "moe", UpcycleOptions())
 

@@ -9,7 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import trl_moe_ext.export.vllm
+import trl_moe_ext.export.vllm_tensors
 from tests.families import build, randomise_factors
 from trl_moe_ext.errors import AdapterFileError, ConfigError
 from trl_moe_ext.export.vllm import convert_adapter, export_adapter
@@ -254,7 +254,7 @@ def test_a_wrong_export_can_not_be_loaded(saved, tmp_path, monkeypatch):
     model.get_base_model().save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "saved"))
-    monkeypatch.setattr(trl_moe_ext.export.vllm, "_scaled", lambda B, factor: B.contiguous())
+    monkeypatch.setattr(trl_moe_ext.export.vllm_tensors, "_scaled", lambda B, factor: B.contiguous())
 
     def export(**options: bool) -> None:
         if saved:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import trl_moe_ext.export.vllm
+import trl_moe_ext.export.vllm_tensors
 from tests.families import build, randomise_factors
 from trl_moe_ext.errors import AdapterFileError
 from trl_moe_ext.experts.layout import weight_view
@@ -120,6 +120,6 @@ def test_factors_of_other_experts_are_refused(tmp_path):
 
 
 def test_one_scaling_for_all_ranks_does_not_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_moe_ext.export.vllm, "_scaled", lambda B, factor: B)
+    monkeypatch.setattr(trl_moe_ext.export.vllm_tensors, "_scaled", lambda B, factor: B)
     with pytest.raises(AdapterFileError, match="the largest difference"):
         export_adapter(adapted("qwen3_moe"), tmp_path)

@@ -10,8 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.kernels.cases import Case, Chosen, interleaved, make_case, relu_squared, swiglu
+from tests.kernels.cases import Chosen, interleaved, make_case, relu_squared, swiglu
 from tests.tolerances import assert_gradient_close, assert_output_close
+from trl_moe_ext.bench.call import Call
 from trl_moe_ext.kernels import fused, fused_grouped, fused_loop, grouped, grouped_update
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.fused_parts import Frozen, Kept
@@ -40,12 +41,12 @@ LAYOUTS = {
 }
 
 
-def frozen_of(case: Case) -> Frozen:
+def frozen_of(case: Call) -> Frozen:
     w = case.weights
     return Frozen(w.up, w.down, w.up_bias, w.down_bias, w.closed_form, w.weights_on_input)
 
 
-def run(case: Case, *, keep=True, needs_hidden=True):
+def run(case: Call, *, keep=True, needs_hidden=True):
     """Output, what was kept, and every gradient by the name of its leaf."""
     dispatch = sort_by_expert(case.top_k_index, case.weights.up.shape[0])
     tokens, frozen, factors = (case.hidden_states, case.top_k_weights), frozen_of(case), (case.up, case.down)
@@ -58,7 +59,7 @@ def run(case: Case, *, keep=True, needs_hidden=True):
     return out, kept, named
 
 
-def assert_equals_reference(case: Case, dtype: torch.dtype) -> None:
+def assert_equals_reference(case: Call, dtype: torch.dtype) -> None:
     out, _, gradients = run(case)
     expected, expected_gradients = case.double().run(experts_mlp_reference)
     assert out.dtype == dtype
@@ -290,20 +291,20 @@ def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _on_fake_tensors(function, case: Case):
+def _on_fake_tensors(function, case: Call):
     leaves, rebuilt = _flat(case)
     with FakeTensorMode() as mode:
         return function(rebuilt(mode.from_tensor(leaf) for leaf in leaves))
 
 
-def _flat(case: Case):
+def _flat(case: Call):
     """The tensors of a case, and a function that puts others in their places."""
     fields = tuple(getattr(case, name) for name in case.__dataclass_fields__)
     leaves = _tensors(fields)
 
     def rebuilt(tensors):
         remaining = iter(tensors)
-        return Case(*tree_map_only(torch.Tensor, lambda _: next(remaining), fields))
+        return Call(*tree_map_only(torch.Tensor, lambda _: next(remaining), fields))
 
     return leaves, rebuilt
 

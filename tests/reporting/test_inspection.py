@@ -16,7 +16,7 @@ from trl_moe_ext.experts.census import build, discover
 from trl_moe_ext.experts.census.tiny import skeleton
 from trl_moe_ext.reporting.inspection import Inspection, inspect_model
 from trl_moe_ext.reporting.inspection.experts import RoutedExperts, routed_experts
-from trl_moe_ext.reporting.inspection.numbers import compact_bytes, compact_count, compact_share, ranges
+from trl_moe_ext.reporting.inspection.layer_ranges import ranges
 from trl_moe_ext.reporting.inspection.router import RouterKind
 from trl_moe_ext.tuners.targets.options import TARGET_WORDS
 
@@ -294,7 +294,7 @@ def test_experts_for_tokens_of_another_modality_are_told_as_such() -> None:
     assert (vision.modules, vision.other_modality) == (["mlp.vision_moe.experts"], True)
 
 
-# -- numbers ---------------------------------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -310,9 +310,3 @@ def test_experts_for_tokens_of_another_modality_are_told_as_such() -> None:
 )
 def test_layers_in_short(indices: list[int], text: str) -> None:
     assert ranges(indices) == text
-
-
-def test_numbers_in_short() -> None:
-    assert [compact_count(n) for n in (7, 1500, 30_532_122_624, 671_026_404_352)] == ["7", "1.50K", "30.5B", "671B"]
-    assert [compact_bytes(n) for n in (7, 2_570_059_776)] == ["7 B", "2.57 GB"]
-    assert [compact_share(s) for s in (0.02062, 0.00003)] == ["2.06%", "<0.01%"]

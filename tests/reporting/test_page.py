@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.reporting.sample_run import write_run
+from trl_moe_ext.reporting.numbers import count, duration, figure, share, size
 from trl_moe_ext.reporting.page import read_run, render, render_page
 from trl_moe_ext.reporting.page.chart import Line, line_chart
 from trl_moe_ext.reporting.page.heatmap import heatmap
-from trl_moe_ext.reporting.page.numbers import count, duration, figure, share, size
 from trl_moe_ext.reporting.page.ticks import axis_range, step_ticks, ticks
 from trl_moe_ext.reporting.run_record import RECORD_FILE, RunRecord
 from trl_moe_ext.router.history import RouterHistory
@@ -256,12 +256,10 @@ def test_numbers_have_three_digits_and_a_unit():
     assert [duration(x) for x in (0.04, 59.96, 61, 3599.7, 3725, 90_000)] == (
         ["0.0400 s", "60.0 s", "1 min 1 s", "1 h 0 min", "1 h 2 min", "1 d 1 h"]
     )
-    assert [size(644_186_112), size(61_300_000_000, "B"), size(12), size(1_500, "B")] == (
-        ["644M", "61.3 GB", "12", "1.50 kB"]
-    )
-    assert (share(1, 3), share(1, 10**6), count(1, "step"), count(2_000, "step")) == (
-        ("33.33%", "<0.01%", "1 step", "2,000 steps")
-    )
+    assert [size(n) for n in (12, 1500, 644_186_112, 30_532_122_624)] == ["12", "1.50K", "644M", "30.5B"]
+    assert [size(n, "B") for n in (7, 1500, 2_570_059_776, 61_300_000_000)] == ["7 B", "1.50 kB", "2.57 GB", "61.3 GB"]
+    assert (share(1, 3), share(1, 10**6), share(0.02062)) == ("33.33%", "<0.01%", "2.06%")
+    assert (count(1, "step"), count(2_000, "step")) == ("1 step", "2,000 steps")
 
 
 def test_the_templates_are_installed_with_the_package():

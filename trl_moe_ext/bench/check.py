@@ -18,6 +18,7 @@ from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import host
 
 YARDSTICK = "reference"
+_IN_WORDS = {"hidden_states": "tokens", "top_k_weights": "routing weights"}
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -86,9 +87,9 @@ def _of_case(
 ) -> Iterator[Finding]:
     call = make_call(case, dtype, device)
     limits = dict(zip(("output", "gradient"), RELATIVE_ERROR[dtype], strict=True))
-    expected = call.double().run(experts_mlp_reference)
+    expected = _by_name(call.double().run(experts_mlp_reference))
     try:
-        found = call.run(experts_mlp)
+        found = _by_name(call.run(experts_mlp))
     except Exception as error:  # of a kernel that anyone may have written
         yield Finding(name, dtype, f"{case.name}: {type(error).__name__}: {error}", None, limits["output"])
         return
@@ -97,6 +98,12 @@ def _of_case(
         what = tensor if tensor == "output" else f"gradient of {tensor}"
         size, reason = _compare(found[tensor], right)
         yield Finding(name, dtype, f"{what}, {case.name}{reason}", size, limit)
+
+
+def _by_name(results: tuple[Tensor, dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    """Output and gradients under names for people."""
+    output, gradients = results
+    return {"output": output, **{_IN_WORDS.get(name, name): gradient for name, gradient in gradients.items()}}
 
 
 def _compare(found: Tensor | None, right: Tensor | None) -> tuple[float | None, str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trl_moe_ext._version import __version__
 from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.machine import processor, usable_cores
 
 
 def choose_device(wanted: str | None) -> str:
@@ -40,8 +39,8 @@ def machine(device: str) -> dict[str, Any]:
         "versions": {**libraries, "trl_moe_ext": __version__, "python": platform.python_version()},
         "device": {
             "type": device,
-            "name": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "name": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+            "cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
         },
     }
@@ -52,10 +51,3 @@ def in_words(facts: dict[str, Any]) -> str:
     device, versions = facts["device"], facts["versions"]
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
     return f"{device['name']}, {device['cores']} cores, {device['torch_threads']} threads of torch; {names}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_moe_ext.experts.finding import FoundExperts, find_experts
-
-# What configs call the number of experts that a token is sent to.
-_TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts")
+from trl_moe_ext.router.top_k import experts_per_token
 
 
 class Subject(ABC):
@@ -26,8 +24,7 @@ class Subject(ABC):
     def __init__(self, model: nn.Module, config: Any) -> None:
         self.model = model
         self.found: FoundExperts = find_experts(dict(model.named_modules()))
-        sizes = (getattr(config.get_text_config(), name, None) for name in _TOP_K_NAMES)
-        self.top_k = next((size for size in sizes if isinstance(size, int)), None)
+        self.top_k = experts_per_token((), config.get_text_config())
 
     @abstractmethod
     def draw(self, tokens: int) -> tuple[Tensor, ...]:
@@ -84,7 +81,7 @@ class ExpertsAlone(Subject):
         grad = torch.randn_like(hidden)
         if self.is_block:
             return grad, hidden.requires_grad_()
-        assert self.top_k is not None, f"add the config's word for experts a token to {_TOP_K_NAMES}"
+        assert self.top_k is not None, "teach router.top_k this config's word for the experts of a token"
         scores = torch.randn(tokens, self.layout.num_experts, device=like.device).softmax(dim=-1)
         weights, index = scores.topk(self.top_k, dim=-1)
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(like.dtype)

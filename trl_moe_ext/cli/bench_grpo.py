@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_moe_ext.cli.bench_output import JsonOption, RankOption, check_writable, fail_for
+from trl_moe_ext.cli.bench_output import JsonOption, RankOption, fail_for
 from trl_moe_ext.cli.console import show
+from trl_moe_ext.cli.output_file import check_writable
 from trl_moe_ext.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,17 +19,21 @@ if TYPE_CHECKING:
 
 def grpo(
     model: Annotated[str, typer.Argument(help="Directory of a checkpoint.")] = "configs/quickstart/model",
-    latency: Annotated[str, typer.Option(help="Seconds of a call of the reward function; several by commas.")] = "0,1",
-    prompts: Annotated[int, typer.Option(min=1, help="Of a step; each is a group, scored by one call.")] = 4,
+    latency: Annotated[
+        str, typer.Option(help="Seconds that a call of the reward function takes; several separated by commas.")
+    ] = "0,1",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step; each is a group, scored by one call.")] = 4,
     num_generations: Annotated[int, typer.Option("--num_generations", min=2, help="Completions of each prompt.")] = 8,
     completion_length: Annotated[
         int, typer.Option("--completion_length", min=2, help="Tokens of every completion; none ends before.")
     ] = 64,
     rank: RankOption = 16,
     steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps in a round.")] = 12,
-    warm_up: Annotated[int, typer.Option("--warm_up", min=1, help="Optimizer steps before them.")] = 4,
+    warm_up: Annotated[int, typer.Option("--warm_up", min=1, help="Optimizer steps before the timed ones.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="How often each side is measured, in a new process.")] = 3,
-    max_staleness: Annotated[int, typer.Option("--max_staleness", min=0, help="Of the asynchronous side.")] = 4,
+    max_staleness: Annotated[
+        int, typer.Option("--max_staleness", min=0, help="max_staleness of the asynchronous side.")
+    ] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Calls of the reward function at once, on both sides.")] = 8,
     json_path: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the timeline of the last async run.")] = None,
@@ -39,17 +44,17 @@ def grpo(
 
     load_config(model)  # says what is wrong with it
     request = Request(
-        model_directory(model),
-        _seconds(latency),
-        prompts,
-        num_generations,
-        completion_length,
-        rank,
-        steps,
-        warm_up,
-        rounds,
-        max_staleness,
-        concurrency,
+        model=model_directory(model),
+        latencies=_seconds(latency),
+        prompts=prompts,
+        num_generations=num_generations,
+        completion_length=completion_length,
+        rank=rank,
+        steps=steps,
+        warm_up=warm_up,
+        rounds=rounds,
+        max_staleness=max_staleness,
+        concurrency=concurrency,
     )
     _bench(request, json_path, plot)
 

@@ -39,7 +39,8 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="LoRA on routed experts for TRL and PEFT: tools beside the `trl` command.",
+    help="LoRA on the routed experts of mixture-of-experts models, for TRL and PEFT."
+    "\n\nThe usual training command is TRL's own: trl sft --peft_type moe_lora ... These are the tools beside it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -12,9 +12,7 @@ from trl_moe_ext.errors import ConfigError
 
 def report(
     run_dir: Annotated[Path, typer.Argument(help="The output_dir of a training run, or one of its checkpoints.")],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write. [default: report.html in RUN_DIR]", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report.html in RUN_DIR")] = None,
 ) -> None:
     """Make one HTML page of a run: loss, load of the experts, what was adapted, speed, memory, settings."""
     from trl_moe_ext.files import write_atomically

@@ -58,6 +58,11 @@ class Anatomy:
     untrained: list[str] = field(default_factory=list)
     stacks: set[str] = field(default_factory=set)
 
+    @property
+    def layouts(self) -> dict[str, ExpertsLayout]:
+        """Every module of stacked experts, those of other modalities too."""
+        return self.experts | self.other_experts
+
     def in_language_model(self, name: str) -> bool:
         """Whether a module is part of what holds the stacks of layers, and not of another modality.
 

@@ -1,8 +1,7 @@
 """Sparse upcycling (arXiv 2212.05055): a dense checkpoint becomes a mixture of experts with the same logits.
 
-Every MLP turns into `num_experts` copies of itself behind a new router. The routing weights of a token sum to one, so
-equal experts give what the dense MLP gave, whichever of them the router chooses. Attention, norms and embeddings stay
-as they are.
+Every MLP turns into `num_experts` copies of itself behind a new router (`upcycle_weights`). What was written is read
+back and compared with the dense model.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from trl_moe_ext.errors import ConfigError, LayoutError, near_matches
+from trl_moe_ext.errors import ConfigError, LayoutError
 from trl_moe_ext.experts.upcycle_families import check_source, moe_config
 from trl_moe_ext.experts.upcycle_files import (
     appearing_whole,
@@ -26,47 +24,14 @@ from trl_moe_ext.experts.upcycle_files import (
     load_model,
     read_settings,
 )
+from trl_moe_ext.experts.upcycle_options import UpcycleOptions
+from trl_moe_ext.experts.upcycle_weights import mixture_of
 
 __all__ = ["LOGITS_TOLERANCE", "UpcycleOptions", "UpcycleReport", "upcycle"]
 
 # Largest difference of two logits in fp32. A sound conversion is some 1e-5 off, because a sum of top_k weighted copies
 # is rounded differently from one product; a wrong one is off by the size of the logits, 1 and more.
 LOGITS_TOLERANCE = 1e-3
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class UpcycleOptions:
-    """What the mixture is to be.
-
-    Attributes:
-        num_experts: copies of each MLP.
-        top_k: experts a token.
-        noise: standard deviation of the normal noise on every copy, in units of the weight's own. Zero keeps the
-            logits; with more, the experts differ from the start.
-        dtype: of the written weights; ``"auto"`` keeps that of the checkpoint.
-        seed: of the routers and the noise.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    num_experts: int = 4
-    top_k: int = 2
-    noise: float = 0.0
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"top_k {self.top_k} of num_experts {self.num_experts} is impossible; take 1 <= top_k <= num_experts"
-            )
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ConfigError(f"noise {self.noise} is not a standard deviation; give 0 or a positive number")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {self.dtype!r}; {near_matches(self.dtype, DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +83,7 @@ def upcycle(
     source, dtype, dense_parameters = dense.config.model_type, str(dense.dtype), dense.num_parameters()
     one_of_each_mlp = sum(p.numel() for layer in dense.model.layers for p in layer.mlp.parameters())
     with appearing_whole(out_dir.resolve()) as partial:
-        _mixture(dense, config, options).save_pretrained(partial)
+        mixture_of(dense, config, options).save_pretrained(partial)
         del dense
         copy_companions(dense_dir, partial, gguf_file)
         mixture = load_model(partial, torch.float32, experts_implementation="eager")
@@ -134,57 +99,6 @@ def upcycle(
         active_parameters=mixture.num_parameters() - (options.num_experts - options.top_k) * one_of_each_mlp,
         max_difference=max_difference,
     )
-
-
-@torch.no_grad()
-def _mixture(dense: Any, config: Any, options: UpcycleOptions) -> Any:
-    """A model to be saved (its buffers are not filled). It takes the MLPs of `dense` away, and shares the rest."""
-    generator = torch.Generator().manual_seed(options.seed)
-    # Drawn before any noise, so that the routers of a seed are the same with and without it.
-    routers = _normal((config.num_hidden_layers, options.num_experts, config.hidden_size), config, generator)
-    weights: dict[str, Tensor] = {}
-    for index, layer in enumerate(dense.model.layers):
-        mlp, layer.mlp = layer.mlp, None
-        parts = {"gate.weight": routers[index]} | _experts(mlp, options, generator)
-        if width := getattr(config, "shared_expert_intermediate_size", 0):
-            parts |= _silent_shared_expert(width, config, generator)
-        weights |= {f"model.layers.{index}.mlp.{name}": part.to(dense.dtype) for name, part in parts.items()}
-    with torch.device("meta"):
-        mixture = AutoModelForCausalLM.from_config(config)
-    # Strict: every weight of the mixture is given, and none of the dense model is left over.
-    mixture.load_state_dict(weights | dense.state_dict(), strict=True, assign=True)
-    mixture.tie_weights()
-    return mixture
-
-
-def _experts(mlp: Any, options: UpcycleOptions, generator: torch.Generator) -> dict[str, Tensor]:
-    """`gate_up_proj` `(E, 2I, H)` and `down_proj` `(E, H, I)` out of one dense MLP."""
-
-    def copies(weight: Tensor) -> Tensor:
-        stack = weight.repeat(options.num_experts, 1, 1)
-        if options.noise:
-            scale = options.noise * weight.float().std()
-            for expert in stack:
-                expert.add_(scale * torch.randn(expert.shape, generator=generator))
-        return stack
-
-    gate_up = torch.cat([copies(mlp.gate_proj.weight), copies(mlp.up_proj.weight)], dim=1)
-    return {"experts.gate_up_proj": gate_up, "experts.down_proj": copies(mlp.down_proj.weight)}
-
-
-def _silent_shared_expert(width: int, config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    """A shared expert that adds exactly zero. Only its last projection is zero, so that it can learn."""
-    return {
-        "shared_expert.gate_proj.weight": _normal((width, config.hidden_size), config, generator),
-        "shared_expert.up_proj.weight": _normal((width, config.hidden_size), config, generator),
-        "shared_expert.down_proj.weight": torch.zeros(config.hidden_size, width),
-        "shared_expert_gate.weight": torch.zeros(1, config.hidden_size),
-    }
-
-
-def _normal(shape: tuple[int, ...], config: Any, generator: torch.Generator) -> Tensor:
-    """New weights as transformers draws them for this architecture."""
-    return torch.randn(shape, generator=generator) * float(config.initializer_range)
 
 
 @torch.inference_mode()

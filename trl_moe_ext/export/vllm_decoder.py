@@ -1,6 +1,6 @@
 """Reads an adapter folder as vLLM understands it, and tells what it changes in each weight.
 
-Nothing here is shared with `trl_moe_ext.export.vllm`, which writes such folders: the two are each other's test.
+Nothing here is shared with `vllm_tensors` and `vllm_writer`, which write such folders: the two are each other's test.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from trl_moe_ext._version import __version__
+from trl_moe_ext.machine import processor, usable_cores
 
 __all__ = ["machine", "memory", "model_name", "peak_memory", "settings", "versions"]
 
@@ -47,9 +47,9 @@ def machine(processes: int) -> dict[str, Any]:
     """
     count = torch.cuda.device_count()
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "devices": [torch.cuda.get_device_name(index) for index in range(count)],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "processes": processes,
     }
@@ -116,10 +116,3 @@ def _kilobytes(file: Path, name: str) -> int | None:
         return None
     lines = file.read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

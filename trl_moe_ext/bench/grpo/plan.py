@@ -9,41 +9,55 @@ from typing import Any, Literal
 
 from trl_moe_ext.errors import ConfigError
 
-__all__ = ["Plan", "Request", "Side"]
+__all__ = ["Plan", "Request", "Side", "Workload"]
 
 # ``generator``: that of the asynchronous side, with a trainer that takes no time.
 Side = Literal["sync", "async", "generator"]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asks for.
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, the same in every process.
 
     Attributes:
         model: directory of the model.
-        latencies: seconds that every call of the reward function takes, one comparison each.
         prompts: of a step, each a group.
         num_generations: completions of a group.
         completion_length: tokens of every completion: none ends before.
         rank: of all low-rank factors.
         steps: optimizer steps that are timed.
         warm_up: optimizer steps before them.
-        rounds: how often each side gets a new process.
         max_staleness: of the asynchronous side.
         concurrency: calls of the reward function at the same time, on both sides.
     """
 
     model: str
-    latencies: tuple[float, ...]
     prompts: int
     num_generations: int
     completion_length: int
     rank: int
     steps: int
     warm_up: int
-    rounds: int
     max_staleness: int
     concurrency: int
+
+    @property
+    def completions(self) -> int:
+        """Of an optimizer step."""
+        return self.prompts * self.num_generations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Workload):
+    """What the user asks for.
+
+    Attributes:
+        latencies: seconds that every call of the reward function takes, one comparison each.
+        rounds: how often each side gets a new process.
+    """
+
+    latencies: tuple[float, ...]
+    rounds: int
 
     def __post_init__(self) -> None:
         if self.warm_up < 1:
@@ -51,15 +65,10 @@ class Request:
                 "a step begins where the one before ends, and the first ones start up: use warm_up 1 or more"
             )
 
-    @property
-    def completions(self) -> int:
-        """Of an optimizer step."""
-        return self.prompts * self.num_generations
-
     def plan(self, side: Side, cores: Sequence[int], latency: float) -> Plan:
         """What one process does."""
-        own = {field.name: getattr(self, field.name) for field in fields(Plan) if hasattr(self, field.name)}
-        return Plan(**own, side=side, cores=tuple(cores), latency=latency)
+        workload = {field.name: getattr(self, field.name) for field in fields(Workload)}
+        return Plan(**workload, side=side, cores=tuple(cores), latency=latency)
 
     @property
     def command(self) -> str:
@@ -71,9 +80,9 @@ class Request:
         return shlex.join(["trl-moe", "bench", "grpo", model, "--latency", listed, *given])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one process does; attributes are those of `Request`, and:
+@dataclass(frozen=True, kw_only=True)
+class Plan(Workload):
+    """What one process does.
 
     Attributes:
         side: what is measured.
@@ -82,19 +91,5 @@ class Plan:
     """
 
     side: Side
-    model: str
     cores: tuple[int, ...]
     latency: float
-    prompts: int
-    num_generations: int
-    completion_length: int
-    rank: int
-    steps: int
-    warm_up: int
-    max_staleness: int
-    concurrency: int
-
-    @property
-    def completions(self) -> int:
-        """Of an optimizer step."""
-        return self.prompts * self.num_generations

@@ -47,7 +47,7 @@ def find_blocks(modules: Modules, anatomy: Anatomy) -> list[Block]:
         anatomy: of the model.
     """
     members: dict[str, dict[str, Experts]] = {}
-    for name, layout in (anatomy.experts | anatomy.other_experts).items():
+    for name, layout in anatomy.layouts.items():
         members.setdefault(name.rpartition(".")[0], {})[name] = _stacked(modules[name], layout)
     for name in dict.fromkeys(anatomy.expert_linears.values()):
         # A list of experts stands in the block; what a plug-in tells the parts of is the block.

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_moe_ext.reporting.inspection.experts import RoutedExperts
+from trl_moe_ext.reporting.inspection.layer_ranges import ranges
 from trl_moe_ext.reporting.inspection.model import Inspection
-from trl_moe_ext.reporting.inspection.numbers import compact_bytes, compact_count, compact_share, ranges
 from trl_moe_ext.reporting.inspection.router import RouterKind
 from trl_moe_ext.reporting.inspection.submodels import Submodel
 from trl_moe_ext.reporting.inspection.unread import UnreadExperts
+from trl_moe_ext.reporting.numbers import share, size
 
 Rows = list[tuple[str, str]]
 
@@ -51,9 +52,9 @@ def _facts(rows: Rows) -> Padding:
 
 
 def _model_rows(inspection: Inspection) -> Rows:
-    total, routed = compact_count(inspection.parameters), compact_count(inspection.routed_expert_parameters)
-    share = f", {routed} of them in routed experts" if inspection.experts else ""
-    rows = [("parameters", total + share), ("active for a token", _active(inspection))]
+    total, routed = size(inspection.parameters), size(inspection.routed_expert_parameters)
+    of_experts = f", {routed} of them in routed experts" if inspection.experts else ""
+    rows = [("parameters", total + of_experts), ("active for a token", _active(inspection))]
     rows += [("layers", f"{count} in {stack}") for stack, count in inspection.layers.items()]
     rows += [("adapted by default", _submodel(part)) for part in inspection.text_models]
     rows += [("other modalities", f"{_submodel(part)}, not adapted by default") for part in inspection.other_models]
@@ -68,11 +69,11 @@ def _model_rows(inspection: Inspection) -> Rows:
 def _active(inspection: Inspection) -> str:
     if inspection.active_parameters is None:
         return "unknown"
-    return ("at most " if inspection.is_active_at_most else "") + compact_count(inspection.active_parameters)
+    return ("at most " if inspection.is_active_at_most else "") + size(inspection.active_parameters)
 
 
 def _submodel(part: Submodel) -> str:
-    return f"{part.name} ({part.class_name}), {compact_count(part.parameters)}"
+    return f"{part.name} ({part.class_name}), {size(part.parameters)}"
 
 
 def _experts_rows(experts: RoutedExperts, layers: dict[str, int]) -> Rows:
@@ -126,11 +127,11 @@ def _adapters_table(inspection: Inspection) -> Table:
 
 
 def _adapter_rows(inspection: Inspection) -> Iterator[tuple[str, ...]]:
-    for size in inspection.adapters:
-        words = " ".join(size.moe_target) + (" (default)" if len(size.moe_target) > 1 else "")
-        if size.parameters:
-            counts = f"{size.modules:,}", f"{size.parameters:,}"
-            yield words, *counts, compact_share(size.share), compact_bytes(size.bytes_fp32)
+    for adapter in inspection.adapters:
+        words = " ".join(adapter.moe_target) + (" (default)" if len(adapter.moe_target) > 1 else "")
+        if adapter.parameters:
+            counts = f"{adapter.modules:,}", f"{adapter.parameters:,}"
+            yield words, *counts, share(adapter.share), size(adapter.bytes_fp32, "B")
         else:
-            is_unread = size.moe_target == ["experts"] and bool(inspection.unread_experts)
+            is_unread = adapter.moe_target == ["experts"] and bool(inspection.unread_experts)
             yield words, "cannot be read" if is_unread else "-", "-", "-", "-"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_moe_ext.reporting.page.numbers import figure
+from trl_moe_ext.reporting.numbers import figure
 from trl_moe_ext.reporting.page.ticks import axis_range, step_ticks, ticks
 
 __all__ = ["Chart", "Line", "Points", "line_chart", "logged_chart", "points_of"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_moe_ext.reporting.page.numbers import figure
+from trl_moe_ext.reporting.numbers import figure
 from trl_moe_ext.reporting.rollout_files import COMPLETIONS_DIR, COMPLETIONS_FILES
 
 __all__ = ["Completion", "CompletionsAtStep", "read_completions"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from trl_moe_ext.reporting.page.numbers import count
+from trl_moe_ext.reporting.numbers import count
 from trl_moe_ext.router.history import RouterHistory
 from trl_moe_ext.router.load_scale import ABOVE, BELOW, LoadScale
 

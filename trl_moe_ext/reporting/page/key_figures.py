@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
+from trl_moe_ext.reporting.numbers import duration, figure, share, size
 from trl_moe_ext.reporting.page.chart import points_of, reward_points
-from trl_moe_ext.reporting.page.numbers import duration, figure, share, size
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Figure
 from trl_moe_ext.reporting.run_record import RunRecord

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl_moe_ext.reporting.page.numbers import figure
+from trl_moe_ext.reporting.numbers import figure
 from trl_moe_ext.router.history import RouterHistory, relative_load
 
 __all__ = ["LayerRow", "layer_table"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trl_moe_ext.reporting.page.numbers import scientific
+from trl_moe_ext.reporting.numbers import scientific
 
 
 def axis_range(low: float, high: float, is_from_zero: bool | None = None) -> tuple[float, float]:

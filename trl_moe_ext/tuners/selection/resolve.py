@@ -67,8 +67,7 @@ def expert_of(modules: Mapping[str, nn.Module], container: str, name: str) -> in
 
 def sizes_of_experts(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Modules of experts -> how many they hold; those that are rows of larger matrices are left out."""
-    stacks = anatomy.experts | anatomy.other_experts
-    sizes = {name: layout.num_experts for name, layout in stacks.items()}
+    sizes = {name: layout.num_experts for name, layout in anatomy.layouts.items()}
     for name in {*anatomy.expert_linears.values()}:
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
             sizes[name] = len(list(modules[name].children()))

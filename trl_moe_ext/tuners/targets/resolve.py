@@ -100,7 +100,7 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
         raise ConfigError(words.nothing(config, anatomy))
     for name in targets.experts:
         # Before anything is replaced: a refusal leaves the model as it was.
-        layout = (anatomy.experts | anatomy.other_experts)[name]
+        layout = anatomy.layouts[name]
         check_dtypes(modules[name], layout)
         check_reading(modules[name], layout)
         check_block(modules.get(name.rpartition(".")[0], model), layout)

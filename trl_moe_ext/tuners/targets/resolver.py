@@ -39,6 +39,8 @@ class Resolver:
         self.head = head
         self.excluded: set[str] = set()
         self.is_dense = not (anatomy.experts or anatomy.expert_linears)
+        # Of every modality: experts of another one are adapted if they are named, as its attention is.
+        self._layouts = anatomy.layouts
         self._stacks: dict[str, set[str]] = {}
         self._linears: set[str] = set()
         # Module -> its bare matrix, for what PEFT's layers cannot take the place of.
@@ -71,8 +73,7 @@ class Resolver:
     def _add(self, path: str, wanted: set[str]) -> None:
         """Add the projections of every module of experts whose name ends with `path`, of all if it is empty."""
         anatomy = self.anatomy
-        # Experts of another modality are adapted if they are named, as its attention is.
-        for name, layout in (anatomy.experts | anatomy.other_experts if path else anatomy.experts).items():
+        for name, layout in (self._layouts if path else anatomy.experts).items():
             if ends_with(name, path) and keeps_experts(self.config, name):
                 for projection in layout.projections:
                     if word_of(name, layout, projection) in wanted:
@@ -84,7 +85,7 @@ class Resolver:
                 self._linears.add(name)
 
     def _add_projection(self, name: str, projection_name: str) -> None:
-        layout = (self.anatomy.experts | self.anatomy.other_experts)[name]
+        layout = self._layouts[name]
         [projection] = [p for p in layout.projections if p.name == projection_name]
         if keeps_projection(self.config, name, layout, projection):
             self._stacks.setdefault(name, set()).add(projection_name)
@@ -95,7 +96,7 @@ class Resolver:
         """Modules of experts and their projections that one of the `target_parameters` names."""
         return [
             (name, projection.name)
-            for name, layout in (self.anatomy.experts | self.anatomy.other_experts).items()
+            for name, layout in self._layouts.items()
             for projection in layout.projections
             if f".{name}.{projection.parameter}".endswith(f".{target}")
         ]
@@ -161,7 +162,7 @@ class Resolver:
     def _is_adaptable(self, name: str, module: nn.Module) -> bool:
         is_leaf = not any(True for _ in module.children())
         has_weights = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-        taken = name in self.anatomy.experts or name in self.anatomy.other_experts or name in self.anatomy.untrained
+        taken = name in self._layouts or name in self.anatomy.untrained
         return is_leaf and has_weights and not taken
 
     def _all_linears(self) -> set[str]:

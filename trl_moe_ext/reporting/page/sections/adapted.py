@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl_moe_ext.reporting.page.numbers import count, share, size
+from trl_moe_ext.reporting.numbers import count, share, size
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Section
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trl_moe_ext.reporting.numbers import count, duration, figure, size
 from trl_moe_ext.reporting.page.chart import Chart, Line, line_chart
-from trl_moe_ext.reporting.page.numbers import count, duration, figure, size
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Figure, Section
 from trl_moe_ext.reporting.run_record import RunRecord

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from trl_moe_ext.reporting.numbers import figure
 from trl_moe_ext.reporting.page.layered_chart import layered_chart
-from trl_moe_ext.reporting.page.numbers import figure
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Section
 from trl_moe_ext.router.layer_curves import LayerCurves

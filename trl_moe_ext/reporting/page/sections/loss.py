@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_moe_ext.reporting.numbers import count, figure
 from trl_moe_ext.reporting.page.chart import Chart, Line, Points, line_chart, points_of
-from trl_moe_ext.reporting.page.numbers import count, figure
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Section
 

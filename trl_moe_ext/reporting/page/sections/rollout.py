@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_moe_ext.reporting.numbers import count, duration, figure, size
 from trl_moe_ext.reporting.page.chart import Chart, Line, line_chart, logged_chart, points_of
-from trl_moe_ext.reporting.page.numbers import count, duration, figure, size
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Figure, Section
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_moe_ext.reporting.numbers import figure
 from trl_moe_ext.reporting.page.chart import Line, line_chart, points_of
 from trl_moe_ext.reporting.page.heatmap import heatmap
 from trl_moe_ext.reporting.page.layer_table import layer_table
 from trl_moe_ext.reporting.page.layered_chart import layered_chart
-from trl_moe_ext.reporting.page.numbers import figure
 from trl_moe_ext.reporting.page.run_files import RunFiles
 from trl_moe_ext.reporting.page.section import Figure, Section
 from trl_moe_ext.router.layer_curves import LayerCurves

@@ -29,7 +29,7 @@ def size(number: int, unit: str = "") -> str:
     return f"{figure(number / divisor)}{' ' if unit else ''}{prefix}{unit}"
 
 
-def share(part: float, whole: float) -> str:
+def share(part: float, whole: float = 1.0) -> str:
     """Per cent; what would be rounded to nothing is ``<0.01%``."""
     return f"{part / whole:.2%}" if part / whole >= 0.00005 else "<0.01%"
 
