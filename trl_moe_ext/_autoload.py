@@ -1,4 +1,4 @@
-"""`import torch` calls `autoload`, which has peft and trl call `trl_moe_ext.hosts` when they are imported.
+"""`import torch` calls `autoload`, which has accelerate, peft and trl call `trl_moe_ext.hosts` when they are imported.
 
 torch loads the entry points of the group `torch.backends` at the end of its own import, in every process: that is how
 `--peft_type moe_lora` reaches the `trl` script, the process that accelerate launches and a notebook alike without an
@@ -29,6 +29,7 @@ DISABLE_VARIABLE = "TRL_MOE_EXT_DISABLE"
 # Host module -> "module:function" to call when it is complete. `peft` as a whole, because the tuner imports from it;
 # of trl only submodules, because trl puts another object in the place of its own package while that is imported.
 _HOSTS = {
+    "accelerate.utils.fsdp_utils": "trl_moe_ext.hosts.accelerate_fsdp2:install",
     "peft": "trl_moe_ext.hosts.peft:register",
     "trl.scripts.utils": "trl_moe_ext.hosts.trl:install_parser",
     "trl.trainer.utils": "trl_moe_ext.hosts.trl:install_peft_config",

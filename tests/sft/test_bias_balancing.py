@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from tests.sft.runs import sft
 from trl_moe_ext import MoeLoraConfig
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.router.routers import find_routers
 from trl_moe_ext.router.trace import RouterTrace
+from trl_moe_ext.sft.bias_balancing import BiasBalancing
 from trl_moe_ext.tuners.moe_lora import router_biases
 
 RATE = 0.125  # exact in float32
@@ -90,3 +92,14 @@ def test_an_adapter_without_biases_is_refused(tmp_path):
 def test_biases_that_nothing_moves_are_a_warning(tmp_path):
     with pytest.warns(RuntimeWarning, match="router_bias=True has no effect without router_bias_update_rate"):
         sft(tmp_path, peft_config=MoeLoraConfig(r=2, router_bias=True), randomised=False, router_metrics="summary")
+
+
+def test_a_checkpoint_without_biases_is_told():
+    """As FSDP writes them: nothing that no gradient reaches."""
+    biases = {"layers.0.mlp.gate": torch.zeros(4)}
+    balancing = BiasBalancing(lambda: biases, dict, 0.1)
+    balancing.on_train_begin(None, TrainerState(), None)
+    with pytest.warns(RuntimeWarning, match="though 2 steps are done"):
+        balancing.on_train_begin(None, TrainerState(global_step=2), None)
+    biases["layers.0.mlp.gate"] += 0.1
+    balancing.on_train_begin(None, TrainerState(global_step=2), None)

@@ -1,1 +1,1 @@
-"""The only code that touches globals of another library: PEFT's registry, TRL's parser and `get_peft_config`."""
+"""The only code that touches globals of another library: those of PEFT, TRL, transformers and accelerate."""

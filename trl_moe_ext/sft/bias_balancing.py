@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_moe_ext.errors import ConfigError
@@ -52,14 +54,34 @@ class BiasBalancing(TrainerCallback):  # type: ignore[misc]
     """Moves the biases of an adapter (arXiv 2408.15664): part of the choice of experts, and saved with it.
 
     Args:
-        biases: label of the router -> ``(E,)``, changed in place.
+        find_biases: label of the router -> ``(E,)``, changed in place. Called when training begins: by then FSDP2 has
+            put other parameters in the place of those that the model was built with.
         counts: label -> ``(E,)`` how many tokens chose each expert in the step that ends, on all processes. Called in
             every process, so that all have the same biases.
         rate: how far they move.
     """
 
-    def __init__(self, biases: Mapping[str, Tensor], counts: Callable[[], Mapping[str, Tensor]], rate: float) -> None:
-        self._biases, self._counts, self._rate = biases, counts, rate
+    def __init__(
+        self,
+        find_biases: Callable[[], Mapping[str, Tensor]],
+        counts: Callable[[], Mapping[str, Tensor]],
+        rate: float,
+    ) -> None:
+        self._find_biases, self._counts, self._rate = find_biases, counts, rate
+        self._biases: Mapping[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the model was prepared for training, and a checkpoint loaded."""
+        self._biases = self._find_biases()
+        if state.global_step and not any(_whole(bias).any() for bias in self._biases.values()):
+            warnings.warn(
+                f"the biases of the experts are zero, though {state.global_step} steps are done: the checkpoint has "
+                "none. FSDP leaves them out of one with FULL_STATE_DICT; use fsdp_state_dict_type: SHARDED_STATE_DICT",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,4 +95,19 @@ class BiasBalancing(TrainerCallback):  # type: ignore[misc]
             loads[key] = loads[key] + counts[label] if key in loads else counts[label]
         for bias in {id(bias): bias for bias in self._biases.values()}.values():
             if (load := loads.get(id(bias))) is not None:
-                bias.data.copy_(bias_step(bias.detach(), load.to(bias.device), self._rate))
+                _move(bias, load, self._rate)
+
+
+@torch.no_grad()
+def _move(bias: Tensor, load: Tensor, rate: float) -> None:
+    """`bias_step` in place; every process that holds a part of the bias knows the whole load."""
+    whole = _whole(bias)
+    moved = bias_step(whole, load.to(whole.device), rate)
+    if isinstance(bias, DTensor):
+        moved = DTensor.from_local(moved, bias.device_mesh, run_check=False).redistribute(placements=bias.placements)
+    bias.copy_(moved)
+
+
+def _whole(bias: Tensor) -> Tensor:
+    """``(E,)``, where FSDP2 has left a part of it in each process."""
+    return bias.full_tensor() if isinstance(bias, DTensor) else bias.detach()

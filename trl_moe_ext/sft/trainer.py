@@ -8,6 +8,7 @@ but the record of the run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,9 @@ class MoeSFTTrainer(SFTTrainer):  # type: ignore[misc]
             if rate is None:
                 warn_of_idle_biases(self.model)
             elif rate:
-                self.add_callback(BiasBalancing(biases_to_move(self.model), self._session.step_counts, rate))
+                biases_to_move(self.model)  # says now if there are none
+                find_biases = partial(biases_to_move, self.model)
+                self.add_callback(BiasBalancing(find_biases, self._session.step_counts, rate))
         if self._routers and is_measured:
             callbacks = self.callback_handler.callbacks
             self._artefacts = RouterArtefacts(self.args.output_dir, trackers=callbacks)
