@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.sft import two_processes
 from tests.sft.runs import joined
+from tests.sft.torchrun import torchrun
 from tests.sft.yardstick import expected
 from tests.tolerances import RELATIVE_ERROR, assert_gradient_close
 
 pytestmark = pytest.mark.distributed
 
-_REPOSITORY = Path(__file__).parents[2]
-_TIMEOUT = 300  # seconds; two imports of trl on two busy cores take one minute
 _COEFFICIENTS = {"load_balancing": 0.5, "z_loss": 0.1, "drift_kl": 2.0}
 
 
@@ -27,30 +20,8 @@ _COEFFICIENTS = {"load_balancing": 0.5, "z_loss": 0.1, "drift_kl": 2.0}
 def results(tmp_path_factory):
     """What the two processes have seen, case by case."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with subprocess.Popen(
-        [*command, "-m", "tests.sft.two_processes", str(folder)],
-        cwd=_REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as launcher:
-        try:
-            output, _ = launcher.communicate(timeout=_TIMEOUT)
-        finally:
-            _end_group(launcher.pid)
-    assert launcher.returncode == 0, output
+    torchrun("tests.sft.two_processes", str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
-def _end_group(leader: int) -> None:
-    """The launcher and its workers, which are a group of their own, whatever state they are in."""
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 @pytest.fixture(scope="module", params=two_processes.CASES)
