@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.cases import interleaved, make_case, relu_squared
 from tests.tolerances import assert_gradient_close, assert_output_close, relative_error
-from trl_moe_ext.kernels import trained_linear
+from trl_moe_ext.kernels import trained, trained_linear
 from trl_moe_ext.kernels.experts_mlp import ExpertsWeights
 from trl_moe_ext.kernels.reference import experts_mlp_reference
 from trl_moe_ext.kernels.selected import SelectedExperts
@@ -32,7 +33,7 @@ LAYOUTS = {
     "post-norm that moves zero": {"post_norm": lambda y: y + 1},
     "top 1": {"K": 1},
     "every expert": {"K": 5},
-    "one token": {"T": 1, "K": 5},
+    "one token": {"T": 1, "K": 5, "H": 32, "I": 24},  # 16 numbers may cancel to little but rounding
     "idle experts": {"T": 3, "E": 40, "selected": (0, 7, 39)},
     "many rows": {"T": 300, "E": 6},
     "sentinels": {"sentinels": True, "bias": True},
@@ -96,11 +97,18 @@ def reference(hidden, index, top_k_weights, weights, deltas):
     return experts_mlp_reference(hidden, index, top_k_weights, merged(weights, deltas), (), ())
 
 
-@pytest.fixture(params=["counted", "at once"])
+@pytest.fixture(params=["counted", "at once", "in parts"])
 def rows(request, monkeypatch):
     """On a CPU only rows of selected experts; and the form of GPUs and compilers, in which shapes follow T and K."""
-    if request.param == "at once":
-        monkeypatch.setattr(trained_linear, "_is_counted", lambda index: False)
+    if request.param != "counted":
+        do_not_count(monkeypatch)
+    if request.param == "in parts":
+        monkeypatch.setattr(trained, "_PAIRS_AT_ONCE", 7)  # a few tokens, and not as many in the last part
+
+
+def do_not_count(monkeypatch) -> None:
+    for module in (trained, trained_linear):
+        monkeypatch.setattr(module, "rows_are_counted", lambda index: False)
 
 
 @pytest.mark.usefixtures("rows")
@@ -189,6 +197,33 @@ def test_nothing_as_large_as_a_stack_is_made_and_no_merged_weight_is_kept():
     assert not {pointer for pointer, size in allocated.items() if size == merged_size} & {*kept}
 
 
+def test_a_long_batch_makes_no_tensor_with_more_rows_than_a_part(monkeypatch):
+    """Where every pair has a row. What is kept is not bounded, but each of its tensors is."""
+    do_not_count(monkeypatch)
+    case = Trained(T=120, K=5, H=48, I=8)
+    largest = {}
+    for at_once in (600, 50):
+        monkeypatch.setattr(trained, "_PAIRS_AT_ONCE", at_once)
+        largest[at_once] = max(_allocations(lambda: case.run(trained_experts_mlp)).values())
+    assert largest == {600: 120 * 5 * 48, 50: 120 * 48}  # a row a pair, and then no more than the tokens themselves
+
+
+def test_parts_give_what_the_whole_gives(monkeypatch):
+    do_not_count(monkeypatch)
+    case = Trained(T=50, dtype=torch.float64, bias=True)
+    calls = []
+    part = trained._part
+    monkeypatch.setattr(trained, "_part", lambda *arguments: calls.append(len(arguments[0])) or part(*arguments))
+    expected, expected_gradients = case.run(trained_experts_mlp)
+    monkeypatch.setattr(trained, "_PAIRS_AT_ONCE", 32)
+    out, gradients = case.run(trained_experts_mlp)
+    assert calls == [50, 16, 16, 16, 2]
+    assert_output_close(out, expected, torch.float64)
+    for name, gradient in gradients.items():
+        assert gradient.stride() == expected_gradients[name].stride()
+        assert_gradient_close(gradient, expected_gradients[name], torch.float64, name)
+
+
 def _allocations(run) -> dict[int, int]:
     """Where operators put what they return, in storage that is not of their inputs -> its elements."""
     found: dict[int, int] = {}
@@ -209,7 +244,27 @@ def _allocations(run) -> dict[int, int]:
     return found
 
 
-def test_compiles_without_a_break():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_parts_under_a_checkpoint(use_reentrant, monkeypatch):
+    monkeypatch.setattr(trained, "_PAIRS_AT_ONCE", 7)
+    case = Trained(T=20, dtype=torch.float64, bias=True)
+
+    leaves = [x.requires_grad_() for x in (case.case.hidden_states, case.case.top_k_weights, *case.deltas.values())]
+
+    def run(kernel, hidden, weights, *deltas):
+        named = dict(zip(case.deltas, deltas, strict=True))
+        return kernel(hidden, case.case.top_k_index, weights, case.case.weights, ExpertsDeltas(case.selected, **named))
+
+    # By `backward`: a reentrant checkpoint refuses `autograd.grad`.
+    checkpoint(run, trained_experts_mlp, *leaves, use_reentrant=use_reentrant).backward(case.case.grad)
+    expected = torch.autograd.grad(run(reference, *leaves), leaves, case.case.grad)
+    for name, leaf, gradient in zip(("hidden", "weights", *case.deltas), leaves, expected, strict=True):
+        assert_gradient_close(leaf.grad, gradient, torch.float64, name)
+
+
+@pytest.mark.parametrize("at_once", [65_536, 7], ids=["whole", "in parts"])
+def test_compiles_without_a_break(at_once, monkeypatch):
+    monkeypatch.setattr(trained, "_PAIRS_AT_ONCE", at_once)
     case = Trained(bias=True)
     compiled = torch.compile(trained_experts_mlp, fullgraph=True, backend="aot_eager")
     out, gradients = case.run(compiled)

@@ -3,7 +3,10 @@
 The others run through the fused kernel and have no weight gradient at all. What is kept for the backward pass beside
 what that kernel keeps: the tokens, and for each row of a selected expert the output of its first projection, of its
 activation with what autograd keeps inside, and of its second projection. On a CPU those rows are all there are.
-Elsewhere, and under a gradient checkpoint, there is a row for each (token, slot) pair, whatever the routing.
+Elsewhere, and under a gradient checkpoint, there is a row for each (token, slot) pair, whatever the routing, and a
+long batch runs in parts of its tokens. That bounds what is not kept, forward and backward: the rows of inputs and of
+their gradients, which are the widest. It does not bound what is kept, of which all parts together have as much as one
+would. The price is a second gradient of the deltas of a projection while that of a part is added to the others'.
 
 Legend: T tokens, K top_k, S rows, E experts, G of them selected, H hidden, I intermediate.
 """
@@ -21,7 +24,10 @@ from trl_moe_ext.kernels.experts_mlp import ExpertsWeights, identity_weight
 from trl_moe_ext.kernels.fused import fused_experts_mlp
 from trl_moe_ext.kernels.lora_linear import lora_linear
 from trl_moe_ext.kernels.selected import SelectedExperts
-from trl_moe_ext.kernels.trained_linear import SelectedRows, rows_of_selected, trained_linear
+from trl_moe_ext.kernels.trained_linear import SelectedRows, rows_are_counted, rows_of_selected, trained_linear
+
+# (token, slot) pairs that run at once where every pair has a row: as many as the fused kernel takes for the others.
+_PAIRS_AT_ONCE = 65_536
 
 
 class ExpertsDeltas(NamedTuple):
@@ -65,6 +71,23 @@ def trained_experts_mlp(
     Returns:
         ``(T, H)`` in the dtype of `hidden_states`.
     """
+    num_tokens, top_k = top_k_index.shape
+    at_once = max(1, _PAIRS_AT_ONCE // top_k)
+    if rows_are_counted(top_k_index) or num_tokens <= at_once:
+        return _part(hidden_states, top_k_index, top_k_weights, weights, deltas)
+    # The gradients of a split are put together once; that of a slice would be as long as the batch.
+    hidden, index, routing = (torch.split(x, at_once) for x in (hidden_states, top_k_index, top_k_weights))
+    return torch.cat([_part(*part, weights, deltas) for part in zip(hidden, index, routing, strict=True)])
+
+
+def _part(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: ExpertsWeights,
+    deltas: ExpertsDeltas,
+) -> Tensor:
+    """The output for some of the tokens."""
     rows = rows_of_selected(top_k_index, deltas.selected)
     out = _selected_experts(hidden_states, top_k_weights, weights, deltas, rows)
     if rows.experts is not None:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from trl_moe_ext.kernels.checkpointing import is_checkpointed
 from trl_moe_ext.kernels.dispatch import Dispatch, sort_by_expert
-from trl_moe_ext.kernels.grouped import grouped_mm, grouped_outer
+from trl_moe_ext.kernels.grouped import grouped_mm
 from trl_moe_ext.kernels.selected import SelectedExperts
+from trl_moe_ext.kernels.trained_products import outer_like, summed_mm
 
 
 class SelectedRows(NamedTuple):
@@ -66,10 +67,15 @@ def rows_of_selected(top_k_index: Tensor, selected: SelectedExperts) -> Selected
     slots = F.pad(selected.slots(index.device), (0, 1), value=len(selected))[index]
     is_selected = slots < len(selected)
     dispatch = sort_by_expert(index.masked_fill(~is_selected, selected.num_experts), selected.num_experts)
-    if _is_counted(index):  # then rows of others cost nothing
+    if rows_are_counted(top_k_index):  # then rows of others cost nothing
         dispatch = dispatch._replace(order=dispatch.order[: int(dispatch.offsets[-1])])
     experts = None if len(selected) == selected.num_experts else selected.indices(index.device)
     return SelectedRows(dispatch, is_selected, experts, slots.reshape(-1)[dispatch.order])
+
+
+def rows_are_counted(top_k_index: Tensor) -> bool:
+    """Whether the number of rows may be read: a GPU would be waited for, a checkpoint may route otherwise later."""
+    return top_k_index.device.type == "cpu" and not torch.compiler.is_compiling() and not is_checkpointed()
 
 
 def trained_linear(
@@ -93,11 +99,6 @@ def trained_linear(
     return y
 
 
-def _is_counted(index: Tensor) -> bool:
-    """Whether the number of rows may be read: a GPU would be waited for, a checkpoint may route otherwise later."""
-    return index.device.type == "cpu" and not torch.compiler.is_compiling() and not is_checkpointed()
-
-
 class _TrainedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -116,7 +117,7 @@ class _TrainedLinear(torch.autograd.Function):
         ctx.top_k, ctx.gather = top_k, gather
         rows = Dispatch(order, position, offsets, top_k).gather(x) if gather else x
         with torch.autocast(x.device.type, enabled=False):
-            return grouped_mm(rows, _effective(weight, delta, experts), _ends(offsets, experts))
+            return _product(rows, weight, delta, experts, _ends(offsets, experts))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,27 +127,21 @@ class _TrainedLinear(torch.autograd.Function):
         dx = d_delta = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = grouped_mm(grad, _effective(weight, delta, experts).transpose(1, 2), ends)
+                dx = _product(grad, weight.mT, None if delta is None else delta.mT, experts, ends)
                 dx = _sum_of_tokens(dx, dispatch, len(x)) if ctx.gather else dx
             if ctx.needs_input_grad[2]:
-                d_delta = _outer(dispatch.gather(x) if ctx.gather else x, grad, ends, delta).to(delta.dtype)
+                d_delta = outer_like(dispatch.gather(x) if ctx.gather else x, grad, ends, delta)
         return dx, None, d_delta, *([None] * 6)
 
 
-def _effective(weight: Tensor, delta: Tensor | None, experts: Tensor | None) -> Tensor:
-    """``(G, in, out)``, or the ``(E, in, out)`` frozen ones without a delta, in the dtype of `weight`."""
+def _product(rows: Tensor, weight: Tensor, delta: Tensor | None, experts: Tensor | None, ends: Tensor) -> Tensor:
     if delta is None:
-        return weight
-    if experts is not None:
-        # In the order in which memory has it: what is copied and added is read in one go.
-        is_transposed = _is_transposed(weight)
-        weight = (weight.mT if is_transposed else weight).index_select(0, experts)
-        weight = weight.mT if is_transposed else weight
-    return (weight + delta).to(weight.dtype)
+        return grouped_mm(rows, weight, ends)
+    return summed_mm(rows, weight, delta, experts, ends)
 
 
 def _ends(offsets: Tensor, experts: Tensor | None) -> Tensor:
-    """Where the rows of each expert end, in the order of `_effective`."""
+    """Where the rows of each expert end, in the order of the deltas, or of `weight` without one."""
     return offsets if experts is None else offsets[experts]
 
 
@@ -155,12 +150,3 @@ def _sum_of_tokens(rows: Tensor, dispatch: Dispatch, num_tokens: int) -> Tensor:
         return dispatch.to_slots(rows).sum(dim=1)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return wide.new_zeros(num_tokens, rows.shape[1]).index_add(0, dispatch.tokens, wide).to(rows.dtype)
-
-
-def _outer(inputs: Tensor, grad: Tensor, ends: Tensor, delta: Tensor) -> Tensor:
-    """``(G, in, out)`` with the strides of `delta`: autograd would copy a gradient of others."""
-    return grouped_outer(grad, inputs, ends).mT if _is_transposed(delta) else grouped_outer(inputs, grad, ends)
-
-
-def _is_transposed(stack: Tensor) -> bool:
-    return stack.stride(1) == 1 and stack.stride(2) != 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import ConfigError, LayoutError
+from trl_moe_ext.errors import LayoutError
 from trl_moe_ext.experts.gates import recognise_gate
 from trl_moe_ext.experts.layout import ExpertsLayout, check_dtypes, expert_weights, stack_of
 from trl_moe_ext.experts.probe import check_reading
@@ -59,8 +59,7 @@ class AdaptedExperts(nn.Module, MergesDeltas):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the wrapped module: ``(T, H)`` tokens, ``(T, K)`` chosen experts and ``(T, K)`` weights to ``(T, H)``."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError("one batch with several adapters (adapter_names) is not supported on routed experts")
+        self.refuse_mixed_batch(kwargs)
         adapters = self.adapters_to_apply()
         if not adapters and self.layout.sparse_block is None:
             out: Tensor = self.base_layer(*args, **kwargs)

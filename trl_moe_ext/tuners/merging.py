@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
-from trl_moe_ext.errors import AdapterFileError
+from trl_moe_ext.errors import AdapterFileError, ConfigError
 
 
 class MergesDeltas(BaseTunerLayer):  # type: ignore[misc]
@@ -21,13 +22,25 @@ class MergesDeltas(BaseTunerLayer):  # type: ignore[misc]
 
     @abstractmethod
     def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of the frozen weights, as views, each with what the adapter adds to it, in float32 or wider."""
+        """Parts of the frozen weights, as views, each with what the adapter adds to it, in any dtype."""
 
     def _check_mergeable(self, adapter_name: str) -> None:
         """Raise ConfigError if the adapter has a part that cannot be merged."""
 
     def _merge_rest(self, adapter_name: str, sign: int) -> None:
         """Add (sign 1) or subtract (sign -1) what the adapter has besides `_deltas`."""
+
+    def refuse_mixed_batch(self, options: dict[str, Any]) -> None:
+        """Take PEFT's ``adapter_names`` out of the keywords of a forward.
+
+        Raises:
+            ConfigError: it is given, one adapter for each sequence of the batch.
+        """
+        if options.pop("adapter_names", None) is not None:
+            raise ConfigError(
+                "one batch with several adapters (adapter_names) is not supported on "
+                f"{type(self.get_base_layer()).__name__}; run a batch for each adapter, with set_adapter before it"
+            )
 
     def adapters_to_apply(self) -> list[str]:
         """The active adapters whose updates are to be added to the output.
@@ -68,14 +81,20 @@ class MergesDeltas(BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _add(self, adapter_name: str, sign: int) -> None:
-        for weight, delta in self._deltas(adapter_name):
-            weight.copy_(weight.to(delta.dtype) + sign * delta)
+        for weight, changed in self._changed(adapter_name, sign):
+            weight.copy_(changed)
         self._merge_rest(adapter_name, sign)
+
+    def _changed(self, adapter_name: str, sign: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the frozen weights, each with what is to stand there, which is float32 or wider."""
+        for weight, delta in self._deltas(adapter_name):
+            dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+            yield weight, weight.to(dtype) + sign * delta.to(weight.device, dtype)
 
     @torch.no_grad()
     def _check_finite(self, adapter_name: str) -> None:
-        for weight, delta in self._deltas(adapter_name):
-            if not torch.isfinite(weight.to(delta.dtype) + delta).all():
+        for _, changed in self._changed(adapter_name, 1):
+            if not torch.isfinite(changed).all():
                 raise AdapterFileError(
                     f"adapter {adapter_name!r} would make weights of {type(self.get_base_layer()).__name__} that are "
                     "not finite (NaN or infinite); nothing was merged. Load an intact adapter"

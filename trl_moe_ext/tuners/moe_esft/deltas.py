@@ -6,6 +6,7 @@ Legend: E experts of a module, G of them trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,20 +57,45 @@ class EsftLayer(MergesDeltas):
         return adapter_name in self.esft_delta
 
 
-def sum_of(several: Sequence[ExpertsDeltas]) -> ExpertsDeltas:
-    """What adapters add together, for all experts that one of them trains; gradients flow back to each."""
-    if len(several) == 1:
-        return several[0]
-    experts = sorted({expert for deltas in several for expert in deltas.selected.experts})
-    union = SelectedExperts(tuple(experts), several[0].selected.num_experts)
+class JointSelection(NamedTuple):
+    """The experts that some selections choose together.
+
+    Attributes:
+        selections: which ones they are.
+        experts: all of theirs.
+        places: for each selection, where its experts stand among those.
+    """
+
+    selections: tuple[SelectedExperts, ...]
+    experts: SelectedExperts
+    places: tuple[SelectedExperts, ...]
+
+
+def joint_selection(selections: Sequence[SelectedExperts]) -> JointSelection:
+    """The union of selections of one module. It holds no tensor of its own: its parts send each device theirs once."""
+    experts = sorted({expert for selected in selections for expert in selected.experts})
+    place = {expert: number for number, expert in enumerate(experts)}
+    places = (tuple(place[expert] for expert in selected.experts) for selected in selections)
+    return JointSelection(
+        tuple(selections),
+        SelectedExperts(tuple(experts), selections[0].num_experts),
+        tuple(SelectedExperts(each, len(experts)) for each in places),
+    )
+
+
+def sum_of(several: Sequence[ExpertsDeltas], union: JointSelection) -> ExpertsDeltas:
+    """What adapters add together, for all experts that one of them trains; gradients flow back to each.
+
+    Args:
+        several: what each adds.
+        union: of their selections, in the same order.
+    """
     sums: dict[str, Tensor] = {}
-    for deltas in several:
+    for deltas, places in zip(several, union.places, strict=True):
         for name, delta in deltas._asdict().items():
             if isinstance(delta, Tensor):
                 before = sums.get(name)
-                before = delta.new_zeros(len(union), *delta.shape[1:]) if before is None else before
+                before = delta.new_zeros(len(union.experts), *delta.shape[1:]) if before is None else before
                 dtype = torch.promote_types(before.dtype, delta.dtype)
-                # On the device of the delta, where both know their experts already.
-                index = union.slots(delta.device)[deltas.selected.indices(delta.device)]
-                sums[name] = before.to(dtype).index_add(0, index, delta.to(dtype))
-    return ExpertsDeltas(union, **sums)
+                sums[name] = before.to(dtype).index_add(0, places.indices(delta.device), delta.to(dtype))
+    return ExpertsDeltas(union.experts, **sums)

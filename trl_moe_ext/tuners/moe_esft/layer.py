@@ -13,7 +13,7 @@ from trl_moe_ext.kernels.selected import SelectedExperts
 from trl_moe_ext.kernels.trained import ExpertsDeltas, trained_experts_mlp, trained_rows
 from trl_moe_ext.tuners.adapted_experts import AdaptedExperts
 from trl_moe_ext.tuners.moe_esft.config import MoeEsftConfig
-from trl_moe_ext.tuners.moe_esft.deltas import Deltas, EsftLayer, sum_of
+from trl_moe_ext.tuners.moe_esft.deltas import Deltas, EsftLayer, JointSelection, joint_selection, sum_of
 from trl_moe_ext.tuners.selection.indices import SelectedIndices
 
 
@@ -33,6 +33,7 @@ class MoeEsftExperts(AdaptedExperts, EsftLayer):
         self._start(adapter_name)
         self.esft_selected = nn.ModuleDict()
         self.selections: dict[str, SelectedExperts] = {}
+        self._union: JointSelection | None = None
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: MoeEsftConfig) -> None:
@@ -77,7 +78,22 @@ class MoeEsftExperts(AdaptedExperts, EsftLayer):
         )
 
     def _sum(self, adapters: list[str]) -> ExpertsDeltas:
-        return sum_of([self.deltas(name) for name in adapters])
+        deltas = [self.deltas(name) for name in adapters]
+        return deltas[0] if len(deltas) == 1 else sum_of(deltas, self._union_of([d.selected for d in deltas]))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; nothing of the adapter is left."""
+        super().delete_adapter(adapter_name)
+        self._union = None
+
+    def _union_of(self, selections: list[SelectedExperts]) -> JointSelection:
+        """The last one again, while the same selections are active."""
+        if self._union is not None and self._union.selections == (*selections,):
+            return self._union
+        union = joint_selection(selections)
+        if not torch.compiler.is_compiling():
+            self._union = union
+        return union
 
     def _trained(self, adapter_name: str) -> Iterator[tuple[str, Projection, Tensor]]:
         """The role of each delta in the kernel, its projection, and the delta: ``(G, in, out)``, or ``(G, out)``."""
@@ -98,9 +114,8 @@ class MoeEsftExperts(AdaptedExperts, EsftLayer):
         for role, projection, delta in self._trained(adapter_name):
             is_bias = role.endswith("_bias")
             frozen = getattr(base, projection.bias or "") if is_bias else weight_view(base, projection, self.layout)
-            dtype = torch.promote_types(torch.promote_types(frozen.dtype, delta.dtype), torch.float32)
             for place, expert in enumerate(self.selections[adapter_name].experts):
-                yield frozen.detach()[expert], delta.detach()[place].to(frozen.device, dtype)
+                yield frozen[expert], delta[place]
 
 
 class MoeEsftRows(MoeEsftExperts):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.tuners.moe_esft.config import MoeEsftConfig
 from trl_moe_ext.tuners.moe_esft.deltas import Deltas, EsftLayer
 
@@ -39,8 +37,7 @@ class MoeEsftLinear(nn.Module, EsftLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the wrapped Linear: ``(..., in)`` to ``(..., out)``, in the dtype that it returns."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError("one batch with several adapters (adapter_names) is not supported by moe_esft")
+        self.refuse_mixed_batch(kwargs)
         active = self._active()  # first: it may take a merged adapter out of the frozen weights
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for deltas in active:
@@ -76,9 +73,7 @@ class MoeEsftLinear(nn.Module, EsftLayer):
     def _deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight, and the bias where there is one, each with its delta."""
         for name, delta in self.esft_delta[adapter_name].named_parameters():
-            frozen = self.base_layer.get_parameter(name).detach()
-            dtype = torch.promote_types(torch.promote_types(frozen.dtype, delta.dtype), torch.float32)
-            yield frozen, delta.detach().to(frozen.device, dtype)
+            yield self.base_layer.get_parameter(name), delta
 
     def __repr__(self) -> str:
         return "moe_esft." + super().__repr__()
