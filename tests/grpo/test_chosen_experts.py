@@ -10,11 +10,12 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.grpo.backends.local_runs import ask, collect, context, log_probs, save_model, snapshot
+from tests.grpo.backends.local_runs import LOG_PROB_ATOL, ask, collect, context, log_probs, save_model, snapshot
 from tests.grpo.fakes import FakeBackend
-from tests.grpo.trainer_runs import draw, make_trainer
-from trl_moe_ext import MoeEsftConfig, MoeLoraConfig
+from tests.grpo.trainer_runs import MODEL, PROMPTS, draw, make_trainer, reward, settings
+from trl_moe_ext import AsyncMoeGRPOTrainer, MoeEsftConfig, MoeLoraConfig
 from trl_moe_ext.errors import AdapterFileError, ConfigError
+from trl_moe_ext.grpo import trainer as trainer_module
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.local.backend import LocalBackend
 from trl_moe_ext.grpo.backends.local.model import AdaptedModel
@@ -86,6 +87,21 @@ def test_the_generator_computes_with_what_travelled(
     assert not torch.allclose(found, before, atol=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("moe_esft", {}), ("moe_lora", {}), ("moe_lora", BY_SHARE)])
+def test_a_generator_that_is_started_later_needs_no_profile(
+    kind: str, ranks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = tmp_path / "profile.json"
+    measure_profile(loaded(str(MODEL)), [{"input_ids": TOKENS}]).save(profile)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(trainer_module, "make_backend", lambda args, **context: asked.update(context) or FakeBackend())
+    config = made(kind, expert_selection=f"profile:{profile}", experts_per_layer=2, **ranks)
+    trainer = AsyncMoeGRPOTrainer(str(MODEL), reward, settings(tmp_path), PROMPTS, peft_config=config)
+    profile.unlink()
+    generator = generating(asked["model_path"], asked["peft_config"], tmp_path)
+    generator.put(snapshot(trainer.model))  # which refuses other experts, and other ranks
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_other_experts_are_refused(kind: str, path: str, tmp_path: Path) -> None:
     """Their shapes are the same."""
@@ -123,7 +139,7 @@ def test_the_local_generator_draws_with_an_adapter_of_moe_esft(
         asked = ask(backend)
         for generation in collect(backend, len(asked)):
             expected = log_probs(trainer, asked[generation.id], generation.token_ids)
-            torch.testing.assert_close(torch.tensor(generation.log_probs), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(generation.log_probs), expected, rtol=0, atol=LOG_PROB_ATOL)
     finally:
         backend.stop()
 

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.filterwarnings(note) for note in HOSTS_NOTES]
         ({"weight_sync_steps": 0}, "weight_sync_steps=0 should be more than 0"),
         ({"queue_maxsize": -1}, "queue_maxsize=-1 should be 0 or more"),
         ({"reward_timeout_s": 0}, "reward_timeout_s=0 should be more than 0"),
+        ({"max_inflight_tasks": 0}, "max_inflight_tasks=0 generates nothing; use 1 or more, or -1"),
         ({"max_staleness": -1}, "max_staleness=-1 should be 0 or more"),
         ({"num_generations": 1}, "use 2 or more"),
         ({"auto_find_batch_size": True}, "set per_device_train_batch_size"),

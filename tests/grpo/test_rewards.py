@@ -370,16 +370,12 @@ def test_an_unguarded_script_does_not_train_again_in_its_reward_processes(tmp_pa
         tmp_path,
         """
         from tests.grpo import reward_functions
-        from tests.grpo.fakes import snapshot
-        from tests.grpo.worker_runs import get, make_worker
-        worker = make_worker("out", rewards=reward_functions.length, reward_pool="process", reward_concurrency=1)
+        from tests.grpo.trainer_runs import make_trainer
+        trainer = make_trainer(
+            "out", reward_funcs=reward_functions.length, reward_pool="process", reward_concurrency=1
+        )
         print("trains", flush=True)
-        worker.publish(snapshot(1))
-        worker.start()
-        try:
-            get(worker, 120)
-        finally:
-            worker.stop()
+        trainer.train()
         """,
     )
     assert done.returncode != 0

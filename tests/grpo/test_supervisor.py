@@ -10,6 +10,7 @@ import pytest
 from tests.grpo.fakes import FakeBackend, Fault, snapshot
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends.protocol import BackendHungError, BackendOutOfMemoryError, GenerationRequest
+from trl_moe_ext.grpo.rollout import back_off
 from trl_moe_ext.grpo.rollout import supervisor as module
 from trl_moe_ext.grpo.rollout.supervisor import RolloutError, Supervisor
 from trl_moe_ext.grpo.timeline import GENERATOR, Timeline
@@ -26,7 +27,8 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    for watcher in (module, back_off):
+        monkeypatch.setattr(watcher, "time", clock)
     return clock
 
 

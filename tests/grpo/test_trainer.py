@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import multiprocessing
 import os
+import sys
 import time
+import types
 from collections import Counter
 
 import pytest
@@ -288,6 +292,11 @@ REFUSED = {
     "no reward": ({"reward_funcs": []}, "reward_funcs is empty"),
     "a reward model": ({"reward_funcs": "some/model"}, "give a function that calls it"),
     "a loaded reward model": ({"reward_funcs": torch.nn.Linear(1, 1)}, "give a function that calls it"),
+    "weights of other rewards": ({"reward_weights": [1.0, 2.0]}, "2 weights for 1 reward functions"),
+    "a reward that can't be sent": (
+        {"reward_pool": "process", "reward_funcs": lambda **columns: []},
+        "<lambda> can't be sent to a process: .*reward_pool='thread'",
+    ),
     "groups that straddle steps": ({"num_generations": 3}, "no multiple of num_generations=3"),
     "no budget": ({"token_budget": None}, "token_budget=None"),
 }
@@ -299,6 +308,24 @@ def test_refused_before_the_model_is_loaded(case, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer_module, "create_model_from_path", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=message):
         make_trainer(tmp_path, **options)
+
+
+def test_a_reward_of_a_notebook_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
+    """Such a function can be pickled, by its name alone: a process would look for it in vain."""
+    notebook = types.ModuleType("__main__")
+    exec("def rate(completions, **columns): return [0.0] * len(completions)", vars(notebook))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    monkeypatch.setattr(trainer_module, "create_model_from_path", lambda *a, **k: pytest.fail("it was loaded"))
+    for function in (notebook.rate, functools.partial(notebook.rate)):
+        with pytest.raises(ConfigError, match="rate can't be sent to a process: it was defined in a notebook"):
+            make_trainer(tmp_path, reward_pool="process", reward_funcs=function)
+
+
+def test_a_process_that_only_imports_the_script_does_not_train(monkeypatch, tmp_path):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    monkeypatch.setattr(trainer_module, "create_model_from_path", lambda *a, **k: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match="guard the script"):
+        make_trainer(tmp_path)
 
 
 @pytest.mark.parametrize(

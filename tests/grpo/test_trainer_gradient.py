@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import Tensor, nn
 
 from tests.families import randomise_factors
-from tests.grpo.trainer_runs import TEMPERATURE, make_sample, make_trainer, reference_model, step
+from tests.grpo.trainer_runs import TEMPERATURE, entry, make_sample, make_trainer, reference_model, step
 from tests.tolerances import assert_gradient_close
 from trl_moe_ext import MoeLoraConfig
+from trl_moe_ext.grpo.batches.micro_batches import TokenBudgetPlanner
+from trl_moe_ext.grpo.batches.packing import samples_of
 from trl_moe_ext.grpo.sample import MoeRolloutSample
 
 PROMPTS = [[7, 30, 31, 32], [7, 30, 40]]
@@ -85,7 +89,7 @@ def expected(
         old = torch.tensor(sample.old_log_probs[sample.completion_mask.astype(bool)]).double()
         losses.append(loss_of((log_probs_of(model, sample) - old).exp(), sample.advantage) / tokens)
     torch.stack(losses).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def with_weights_of(reference: nn.Module, trainer: object) -> None:
@@ -104,6 +108,36 @@ def test_gradient(case, reference, samples, tmp_path):
     assert any(".mlp.gate." in name for name in found), "a trained router has a gradient"
     for name, gradient in wanted.items():
         assert_gradient_close(found[name], gradient, torch.float32, name)
+
+
+def cut_by_budget(samples: list[MoeRolloutSample], token_budget: int) -> list[list[MoeRolloutSample]]:
+    """The micro-batches that a token budget makes of them, for one process."""
+    left = deque(map(entry, samples))
+
+    def taken() -> Iterator[dict[str, Any]]:
+        while left:
+            yield left.popleft()
+
+    planner = TokenBudgetPlanner(taken(), 1, token_budget, len(samples), left.appendleft)
+    planned = [samples_of(rows) for rows in planner]
+    return [*planned, samples[sum(map(len, planned)) :]]  # the last is not full, and would wait for more
+
+
+@pytest.mark.parametrize("case", ["none", "tis"])
+def test_gradient_where_the_budget_cuts_a_group(case, reference, samples, tmp_path):
+    """Each sample has the advantage that its whole group gave it, and each micro-batch counts the same, as in TRL."""
+    options, loss_of = CASES[case]
+    trainer = make_trainer(tmp_path, peft_config=MoeLoraConfig(r=2, router_mode="full"), **options)
+    with_weights_of(reference, trainer)
+    parts = cut_by_budget(samples, token_budget=14)
+    assert [[sample.group_id for sample in part] for part in parts] == [[0, 0, 1], [1]], "in the midst of a group"
+    _, found = step(trainer, *parts)
+    of_parts = [expected(reference, part, loss_of) for part in parts]
+    whole = expected(reference, samples, loss_of)
+    for name, gradient in found.items():
+        mean = torch.stack([of_part[name] for of_part in of_parts]).mean(0)
+        assert_gradient_close(gradient, mean, torch.float32, name)
+    assert any((found[name] - whole[name]).norm() > 0.1 * whole[name].norm() for name in found), "not of all tokens"
 
 
 def test_the_cases_differ(reference, samples):

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.grpo import two_processes
 from tests.tolerances import assert_output_close
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
-
-_REPOSITORY = Path(__file__).parents[2]
-_TIMEOUT = 300  # seconds; two imports of trl on two busy cores take one minute
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with subprocess.Popen(
-        [*command, "-m", "tests.grpo.two_processes", str(folder)],
-        cwd=_REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as launcher:
-        try:
-            output, _ = launcher.communicate(timeout=_TIMEOUT)
-        finally:
-            _end_group(launcher.pid)
-    assert launcher.returncode == 0, output
+    torchrun("tests.grpo.two_processes", str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], folder
-
-
-def _end_group(leader: int) -> None:
-    """The launcher and its workers, which are a group of their own, whatever state they are in."""
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def test_as_one_process(both, tmp_path):

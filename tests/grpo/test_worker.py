@@ -167,11 +167,11 @@ def test_groups_that_got_too_old_are_generated_again(make):
     worker.start()
     wait_until(lambda: worker.rollout_buffer.qsize() == 8)
     worker.publish(snapshot(2))
-    worker.wait_live(2, timeout=30)
+    wait_until(lambda: 2 in backend.loads)
     samples = [get(worker) for _ in range(8)]
     assert {sample.group_id for sample in samples} <= set(range(4))
     assert {sample.model_version for sample in samples} == {2}
-    assert "0/1/0" in backend.asked, "the second attempt of group 0"
+    wait_until(lambda: "0/1/0" in backend.asked)  # the second attempt of group 0
     wait_until(lambda: sum(metrics_of(worker)["rollout/stale_total"]) == 2)
 
 
@@ -191,14 +191,12 @@ def test_a_new_adapter_reaches_what_is_being_generated(make):
     wait_until(lambda: backend.asked)
     worker.publish(snapshot(2))
     worker.publish(snapshot(3))
-    worker.wait_live(3, timeout=30)
+    wait_until(lambda: 3 in backend.loads)
     backend.hold = False
     sample = get(worker)
     assert sample.segments == (Segment(1, 2), Segment(3, 1))
     assert sample.model_version == 1, "the oldest"
     assert backend.loads[-1] == 3
-    with pytest.raises(TimeoutError, match="no version 9"):
-        worker.wait_live(9, timeout=0.05)
 
 
 def test_metrics_tell_what_happened(make):
@@ -320,9 +318,6 @@ def test_stop_kills_reward_processes(make):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"rewards": []}, "no reward function"),
-        ({"reward_weights": [1.0, 2.0]}, "2 weights for 1 reward functions"),
-        ({"max_inflight_tasks": -1}, "max_inflight_tasks=-1"),
         ({"token_budget": 8 + 11}, "row 10 has 12 tokens, of which 11 leave room"),
         ({"token_budget": 8}, "leaves no room for a prompt"),
     ],
@@ -339,12 +334,6 @@ def test_the_backend_is_told_the_longest_prompt_before_anything_starts(make):
 
     with pytest.raises(ConfigError, match=f"no room for {1 + len('question 10')} tokens"):
         make(Small())
-
-
-def test_a_process_that_only_imports_the_script_does_not_train(make, monkeypatch):
-    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(ConfigError, match="guard the script"):
-        make()
 
 
 def test_a_worker_needs_an_adapter_and_starts_once(make):

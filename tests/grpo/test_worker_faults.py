@@ -23,14 +23,13 @@ from trl_moe_ext.grpo.backends.protocol import (
     Generation,
     Segment,
 )
-from trl_moe_ext.grpo.rollout import supervisor
-from trl_moe_ext.grpo.rollout import worker as worker_module
+from trl_moe_ext.grpo.rollout import back_off, conductor
 from trl_moe_ext.grpo.rollout.worker import RolloutError
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "MAX_BACK_OFF_S", 0.05)
+    monkeypatch.setattr(back_off, "MAX_BACK_OFF_S", 0.05)
     workers = []
 
     def make(*args, **options):
@@ -113,8 +112,6 @@ def test_a_generator_that_never_starts_is_given_up_with_its_cause(make, tmp_path
     assert isinstance(given_up.value.__cause__.__cause__, BackendDeadError)
     wait_until(lambda: told(tmp_path)["state"] == "failed")
     assert told(tmp_path) == {"pid": None, "backend": "fake", "model_version": None, "restarts": 2, "state": "failed"}
-    with pytest.raises(RolloutError):
-        worker.wait_live(1, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +214,7 @@ def test_stop_aborts_a_start_at_once_and_silently(make, caplog):
 
 
 def test_nothing_is_killed_where_there_is_no_process(make, monkeypatch, caplog):
-    monkeypatch.setattr(worker_module, "STOP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(conductor, "STOP_TIMEOUT_S", 0.5)
     release = threading.Event()
 
     class Elsewhere(FakeBackend):
@@ -240,7 +237,7 @@ def test_nothing_is_killed_where_there_is_no_process(make, monkeypatch, caplog):
 
 
 def test_stop_ends_a_call_that_does_not_come_back_by_killing_its_process(make, monkeypatch):
-    monkeypatch.setattr(worker_module, "STOP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(conductor, "STOP_TIMEOUT_S", 0.5)
 
     class Loading(FakeBackend):
         process = None

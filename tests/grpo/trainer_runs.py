@@ -112,12 +112,17 @@ def make_sample(
     return sample
 
 
+def entry(sample: MoeRolloutSample) -> dict[str, Any]:
+    """What TRL's packing takes of a sample."""
+    names = ("input_ids", "completion_mask", "old_log_probs", "advantage", "group_id", "metrics")
+    return {name: getattr(sample, name) for name in names}
+
+
 def packed(trainer: AsyncMoeGRPOTrainer, samples: Sequence[MoeRolloutSample]) -> dict[str, Tensor]:
     """A micro-batch of one row, as the trainer's own collator makes it."""
     row = TreeRow()
-    names = ("input_ids", "completion_mask", "old_log_probs", "advantage", "group_id", "metrics")
     for sample in samples:
-        row.add({name: getattr(sample, name) for name in names})
+        row.add(entry(sample))
     collate = RolloutCollator(
         trainer.processing_class.pad_token_id,
         slots=trainer._step_replay.slots,
@@ -127,10 +132,10 @@ def packed(trainer: AsyncMoeGRPOTrainer, samples: Sequence[MoeRolloutSample]) ->
     return collate([[row]])
 
 
-def step(trainer: AsyncMoeGRPOTrainer, samples: Sequence[MoeRolloutSample]) -> tuple[float, dict[str, Tensor]]:
-    """The loss and the gradients of a step of one micro-batch."""
-    trainer.current_gradient_accumulation_steps = 1
+def step(trainer: AsyncMoeGRPOTrainer, *micro_batches: Sequence[MoeRolloutSample]) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of a step."""
+    trainer.current_gradient_accumulation_steps = len(micro_batches)
     trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, packed(trainer, samples))
+    loss = sum(trainer.training_step(trainer.model, packed(trainer, samples)).item() for samples in micro_batches)
     found = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is not None}
-    return loss.item(), {name: gradient.detach().clone() for name, gradient in found.items()}
+    return loss, {name: gradient.detach().clone() for name, gradient in found.items()}

@@ -47,7 +47,6 @@ def make_worker(tmp_path, backend=None, rewards=by_index, rows=12, groups_per_st
         args=AsyncMoeGRPOConfig(**options),
         groups_per_step=groups_per_step,
         timeline=Timeline(),
-        output_dir=str(tmp_path),
     )
 
 

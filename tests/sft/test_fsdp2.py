@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from tests.families import build
 from tests.sft import sharded_processes
 from tests.sft.runs import joined, rows
-from tests.sft.torchrun import torchrun
 from tests.tolerances import assert_output_close, relative_error
+from tests.torchrun import torchrun
 from trl_moe_ext.profiles.measure import measure_profile
 
 pytestmark = pytest.mark.distributed

@@ -7,9 +7,9 @@ import torch
 
 from tests.sft import two_processes
 from tests.sft.runs import joined
-from tests.sft.torchrun import torchrun
 from tests.sft.yardstick import expected
 from tests.tolerances import RELATIVE_ERROR, assert_gradient_close
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
 

@@ -12,6 +12,7 @@ from torch import nn
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends.protocol import RolloutBackend
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
+from trl_moe_ext.grpo.rewards.sendable import SentFunctions, check_main_is_guarded
 from trl_moe_ext.plugins import host
 
 __all__ = ["check_arguments", "groups_per_step", "reward_functions"]
@@ -20,15 +21,17 @@ __all__ = ["check_arguments", "groups_per_step", "reward_functions"]
 def check_arguments(
     model: Any, args: Any, train_dataset: Any, peft_config: Any, rollout_backend: Any, unserved: dict[str, Any]
 ) -> None:
-    """Check the arguments of the trainer, beside its reward functions.
+    """Check the arguments of the trainer, beside its reward functions, and that this process is to train at all.
 
     Args:
         unserved: name -> value of arguments of TRL's trainer that this one has no use for.
 
     Raises:
-        ConfigError: one of them can't be served.
+        ConfigError: one of them can't be served; or this process was started by another that runs the same script,
+            and only imports it.
         PluginError: there is no such rollout backend.
     """
+    check_main_is_guarded()
     given = [name for name, value in unserved.items() if value is not None]
     if given:
         raise ConfigError(
@@ -52,11 +55,11 @@ def check_arguments(
     groups_per_step(args)
 
 
-def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:
+def reward_functions(reward_funcs: Any, args: AsyncMoeGRPOConfig) -> list[Callable[..., Any]]:
     """The reward functions as a list.
 
     Raises:
-        ConfigError: there is none, or one is a model.
+        ConfigError: there is none, one is a model, or the options can't be served with them.
     """
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     functions = [function for function in functions if function is not None]
@@ -68,6 +71,13 @@ def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:
                 f"reward_funcs should be functions; found {function!r}. To score with a model, load it yourself and "
                 "give a function that calls it"
             )
+    if args.reward_weights is not None and len(args.reward_weights) != len(functions):
+        raise ConfigError(
+            f"reward_weights has {len(args.reward_weights)} weights for {len(functions)} reward functions; give one "
+            "each"
+        )
+    if args.reward_pool == "process":
+        SentFunctions.of(functions)
     return functions
 
 

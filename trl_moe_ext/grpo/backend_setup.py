@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from peft import PeftConfig
 
-from trl_moe_ext.grpo.backends.protocol import BackendContext, RolloutBackend, Sampling
+from trl_moe_ext.grpo.backends.generation import Sampling
+from trl_moe_ext.grpo.backends.protocol import BackendContext, RolloutBackend
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
 from trl_moe_ext.plugins import host
 

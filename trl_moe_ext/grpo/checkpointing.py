@@ -34,8 +34,6 @@ class CheckpointedRun(AsyncGRPOTrainer):  # type: ignore[misc]
         self._first_version = 0
         self._is_complete = False
 
-    # -- writing -----------------------------------------------------------------------------------------------------
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """As in the parent; if there are no more, a checkpoint is written first."""
         try:
@@ -68,8 +66,6 @@ class CheckpointedRun(AsyncGRPOTrainer):  # type: ignore[misc]
 
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial=trial)).resolve() / f"checkpoint-{self.state.global_step}"
-
-    # -- going on ----------------------------------------------------------------------------------------------------
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         checkpoint = kwargs.get("resume_from_checkpoint")

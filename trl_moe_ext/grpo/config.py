@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trl_moe_ext.errors import ConfigError, near_matches
+from trl_moe_ext.grpo.config_checks import check_config
 from trl_moe_ext.grpo.loss.importance import ImportanceCorrection
 from trl_moe_ext.grpo.trl_async import AsyncGRPOConfig
 
 __all__ = ["AsyncMoeGRPOConfig"]
-
-
-_OF_CORRECTION = ("importance_level", "importance_cap", "importance_floor")
-_CHOSEN = ("reward_pool", "importance_correction", "importance_level")
 
 
 @dataclass
@@ -175,55 +171,7 @@ class AsyncMoeGRPOConfig(AsyncGRPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choices()
-        for name in ("reward_timeout_s", "reward_concurrency", "heartbeat_stale_after_s", "weight_sync_steps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} should be more than 0")
-        for name in ("max_staleness", "max_rollout_restarts", "queue_maxsize"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} should be 0 or more")
-        if self.token_budget is None:
-            raise ConfigError(
-                "token_budget=None leaves it to a vLLM server, which there may not be; give a number of tokens, or -1 "
-                "for no limit"
-            )
-        if self.num_generations < 2:
-            raise ConfigError(
-                f"num_generations={self.num_generations}: an advantage compares the completions of one prompt; use 2 "
-                "or more"
-            )
-        if self.auto_find_batch_size:
-            raise ConfigError(
-                "auto_find_batch_size begins a run again and again, which a generator that is under way does not "
-                "allow; set per_device_train_batch_size"
-            )
-        self._check_loss()
-
-    def _check_choices(self) -> None:
-        """The command line checks them too; in Python nobody else does."""
-        for option in fields(self):
-            known = option.metadata.get("choices")
-            value = getattr(self, option.name)
-            if known and option.name in _CHOSEN and value not in known:
-                raise ConfigError(f"{option.name}={value!r} is unknown; {near_matches(str(value), known)}")
-
-    def _check_loss(self) -> None:
-        """Refuse options of the one loss with the other, where they would do nothing."""
-        correction = self.correction  # raises for options that do not go together
-        unused = ("epsilon", "epsilon_high") if correction else _OF_CORRECTION
-        defaults = {option.name: option.default for option in fields(self)}
-        given = [f"{name}={getattr(self, name)}" for name in unused if getattr(self, name) != defaults[name]]
-        if given and correction:
-            raise ConfigError(
-                f"{', '.join(given)}: nothing is clipped with importance_correction={self.importance_correction!r}, "
-                "which limits the ratio of trainer and generator by importance_cap. Leave it out, or set "
-                "importance_correction='none' for TRL's clipped loss"
-            )
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)} has no effect with importance_correction='none'; leave it out, or choose "
-                "'tis' or 'mis'"
-            )
+        check_config(self)
 
     @property
     def correction(self) -> ImportanceCorrection | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
 from trl_moe_ext.errors import ConfigError
+from trl_moe_ext.machine import usable_cores
 
-__all__ = ["cores", "share_of_trainer", "threads_of_trainer"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
+
+__all__ = ["cores", "share_of_trainer", "shared_cores", "threads_of_trainer"]
 
 
 def cores() -> int:
     """Cores that this process may use."""
-    # macOS has no sched_getaffinity.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores() or 1
 
 
 def share_of_trainer(num_cores: int, generator_threads: int | None, processes: int = 1) -> int:
@@ -35,6 +40,14 @@ def share_of_trainer(num_cores: int, generator_threads: int | None, processes: i
     if generator_threads < 1:
         raise ConfigError(f"rollout_num_threads={generator_threads} should be 1 or more, or left out")
     return max(1, (num_cores - generator_threads) // processes)
+
+
+def shared_cores(args: AsyncMoeGRPOConfig, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """What a run trains within: its share of the cores, if the backend that `args` name generates on them too."""
+    is_local = args.rollout_backend == "local" and args.rollout_device in ("auto", "cpu")
+    if not is_local or torch.cuda.is_available() or accelerator.device.type != "cpu":
+        return nullcontext()
+    return threads_of_trainer(args.rollout_num_threads, accelerator.num_processes)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl_moe_ext.grpo.backends.protocol import Segment
+from trl_moe_ext.grpo.backends.generation import Segment
 from trl_moe_ext.grpo.trl_async import RolloutSample
 from trl_moe_ext.router.record import RoutingRecord
 

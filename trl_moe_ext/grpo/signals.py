@@ -48,6 +48,10 @@ class Interruption:
         if self.signal is not None:
             raise StopRequested
 
+    def take_over(self) -> None:
+        """End as if the signal that another process had was this one's."""
+        self.signal = self.signal or signal.SIGTERM
+
     def end_process(self) -> None:
         """Raise what a program raises that is ended by the signal; nothing happens if none came.
 

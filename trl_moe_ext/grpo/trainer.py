@@ -11,10 +11,9 @@ Here are the set-up, the sync of the adapter and the run. `loss.trained_policy`,
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from trl_moe_ext.grpo.callback import RolloutCallback
 from trl_moe_ext.grpo.checkpoint import check_unused, last_whole_checkpoint
 from trl_moe_ext.grpo.checkpointing import CheckpointedRun
 from trl_moe_ext.grpo.config import AsyncMoeGRPOConfig
-from trl_moe_ext.grpo.cpu_threads import threads_of_trainer
+from trl_moe_ext.grpo.cpu_threads import shared_cores
 from trl_moe_ext.grpo.loss.trained_policy import TrainedPolicy
 from trl_moe_ext.grpo.rollout.sample_queue import StopRequested
 from trl_moe_ext.grpo.rollout.worker import RolloutWorker
@@ -45,6 +44,7 @@ from trl_moe_ext.grpo.timeline import TRAINER, Timeline
 from trl_moe_ext.grpo.timeline_plot import save_timeline
 from trl_moe_ext.grpo.travelling import adapter_tensors, check_all_travels
 from trl_moe_ext.reporting.record_callback import RunRecordCallback
+from trl_moe_ext.tuners.settled import settled
 
 __all__ = ["AsyncMoeGRPOTrainer"]
 
@@ -100,7 +100,7 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
             args = AsyncMoeGRPOConfig(f"{str(model).split('/')[-1]}-AsyncMoeGRPO")
         unserved = {"tools": tools, "environment_factory": environment_factory}
         check_arguments(model, args, train_dataset, peft_config, rollout_backend, unserved)
-        rewards = reward_functions(reward_funcs)
+        rewards = reward_functions(reward_funcs, args)
         # By name: hosts stand above this room.
         import_module("trl_moe_ext.hosts.trl_async_grpo").install()
         super().__init__(
@@ -123,20 +123,18 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
         self._set_up_loss()
         self._set_up_samples()
         self._set_up_checkpoints()
-        self.rollout_worker = self._make_worker(rollout_backend, rewards, model, peft_config)
+        self.rollout_worker = self._make_worker(rollout_backend, rewards, model)
         self.rollout_queue = None if self.rollout_worker is None else self.rollout_worker.rollout_buffer
         self.add_callback(RolloutCallback(self))
         if not any(isinstance(callback, RunRecordCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(RunRecordCallback)
-
-    # -- set-up ------------------------------------------------------------------------------------------------------
 
     @property
     def _policy(self) -> PeftModel:
         return self.accelerator.unwrap_model(self.model)
 
     def _make_worker(
-        self, backend: RolloutBackend | None, rewards: list[Callable[..., Any]], model_path: str, peft_config: Any
+        self, backend: RolloutBackend | None, rewards: list[Callable[..., Any]], model_path: str
     ) -> RolloutWorker | None:
         """Only the main process has one."""
         if not self.accelerator.is_main_process:
@@ -146,7 +144,8 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
             or make_backend(
                 self.args,
                 model_path=model_path,
-                peft_config=peft_config,
+                # A generator that is started again must not choose other experts, or miss the profile.
+                peft_config=settled(self._policy.peft_config[self._adapter_name]),
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.processing_class.pad_token_id,
             ),
@@ -156,11 +155,8 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
             args=self.args,
             groups_per_step=groups_per_step(self.args),
             timeline=self.timeline,
-            output_dir=self.args.output_dir,
             max_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
         )
-
-    # -- the adapter -------------------------------------------------------------------------------------------------
 
     def _sync_weight(self) -> None:
         """Publish the adapter, and nothing else; the generator takes it while training goes on."""
@@ -171,11 +167,8 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
         self._synced_at = self.state.global_step
         if self.rollout_worker is not None:
             self.rollout_worker.publish(AdapterSnapshot(self.model_version, tensors))
-            self.rollout_worker.update_model_version(self.model_version)
         self.timeline.mark(TRAINER, "training")
         self._metrics["train"]["perf/weight_sync_s"].append(time.perf_counter() - began)
-
-    # -- the run -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any) -> Any:
         """As in the parent; the generator runs meanwhile, and whatever happens, none is left.
@@ -197,11 +190,12 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
             check_unused(Path(self.args.output_dir))
         self._has_trained = True
         result = None
-        with self._interruption, self._shared_cores():
+        cores = nullcontext() if self._has_own_backend else shared_cores(self.args, self.accelerator)
+        with self._interruption, cores:
             try:
                 result = super().train(resume_from_checkpoint, *others, **kwargs)
             except StopRequested:
-                self._share_signal()
+                self._interruption.take_over()
             finally:
                 if self.rollout_worker is not None:
                     self.rollout_worker.stop()
@@ -209,27 +203,20 @@ class AsyncMoeGRPOTrainer(CheckpointedRun, TrainedSamples, TrainedPolicy):
         self._interruption.end_process()
         return result
 
-    def _shared_cores(self) -> AbstractContextManager[None]:
-        is_local = self.args.rollout_backend == "local" and self.args.rollout_device in ("auto", "cpu")
-        if self._has_own_backend or not is_local or torch.cuda.is_available() or self.accelerator.device.type != "cpu":
-            return nullcontext()
-        return threads_of_trainer(self.args.rollout_num_threads, self.accelerator.num_processes)
-
     def _end_wait(self) -> None:
         if self.rollout_worker is not None:
             self.rollout_worker.request_stop()
 
     def is_interrupted(self) -> bool:
         """Whether a signal has come to any of the processes, which all call this."""
-        here = self._interruption.signal is not None
-        anywhere = bool(self._total(torch.tensor(int(here), device=self.accelerator.device)).item())
-        if anywhere:
-            self._share_signal()
-        return anywhere
+        found = self._anywhere(self._interruption.signal is not None)
+        if found:
+            self._interruption.take_over()
+        return found
 
-    def _share_signal(self) -> None:
-        """End as if the signal that another process had was this one's."""
-        self._interruption.signal = self._interruption.signal or signal.SIGTERM
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any of the processes."""
+        return bool(self._total(torch.tensor(int(here), device=self.accelerator.device)).item())
 
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""

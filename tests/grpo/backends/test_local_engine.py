@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.grpo.backends.local_runs import PEFT, PROMPTS, log_probs, save_model, snapshot, trainer_model
+from tests.grpo.backends.local_runs import LOG_PROB_ATOL, PEFT, PROMPTS, log_probs, save_model, snapshot, trainer_model
 from trl_moe_ext.grpo.backends.local.draft import Draft
 from trl_moe_ext.grpo.backends.local.engine import LocalEngine
 from trl_moe_ext.grpo.backends.local.model import AdaptedModel
@@ -76,7 +76,7 @@ def test_requests_that_share_too_small_a_cache(
         generation, prompt = message.generation, asked[message.generation.id]
         assert len(generation.token_ids) == LENGTH
         expected = log_probs(trainer, prompt, generation.token_ids)
-        assert torch.allclose(torch.tensor(generation.log_probs), expected, rtol=0, atol=1e-4)
+        assert torch.allclose(torch.tensor(generation.log_probs), expected, rtol=0, atol=LOG_PROB_ATOL)
         assert message.routes is not None
         assert same_experts(record_from_bytes(message.routes), trainer, [*prompt, *generation.token_ids])
     assert thrown_out  # else the cache was not too small

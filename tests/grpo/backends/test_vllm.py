@@ -178,7 +178,7 @@ def test_at_most_max_inflight_tasks_are_at_the_server(serve, make, snapshots):
     assert len(collect(backend, 5)) == 5
     backend.max_in_flight = 1
     backend.start(snapshots[0])
-    assert len(backend._threads) == 1
+    assert len(backend._requests._threads) == 1
 
 
 @pytest.mark.parametrize(

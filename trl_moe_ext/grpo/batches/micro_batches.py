@@ -30,6 +30,11 @@ class TokenBudgetPlanner:
     That a sample does not fit is only seen once it is taken. It is put back and not kept: the next micro-batch may be
     of the next step, for which it may be too old.
 
+    A group may be cut: its samples may be in several micro-batches, and in two steps. Their advantages stay as they
+    are, for they were computed of the whole group before the first was taken. What a cut changes is how much a token
+    counts: TRL's loss is the mean over the micro-batches of a step of the means over their tokens, so that tokens
+    of a micro-batch that the budget has left nearly empty count for more than those of a full one.
+
     Args:
         samples: as TRL's packing takes them.
         num_rows: of a micro-batch, one for each process; none is left empty.

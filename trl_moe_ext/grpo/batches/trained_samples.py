@@ -6,8 +6,6 @@ import sys
 from collections import Counter
 from typing import Any
 
-import torch
-
 from trl_moe_ext.grpo.batches.micro_batches import MicroBatches, TokenBudgetPlanner
 from trl_moe_ext.grpo.batches.packing import RolloutCollator, sample_of, samples_of
 from trl_moe_ext.grpo.batches.returnable_queue import ReturnableQueue
@@ -99,5 +97,5 @@ class TrainedSamples(AsyncGRPOTrainer):  # type: ignore[misc]
         if self._epoch_stop_groups is None:
             return False
         worker = self.rollout_worker
-        is_over = worker is not None and worker.state()["first_undone"] >= self._epoch_stop_groups
-        return bool(self._total(torch.tensor(int(is_over), device=self.accelerator.device)).item())
+        found: bool = self._anywhere(worker is not None and worker.state()["first_undone"] >= self._epoch_stop_groups)
+        return found

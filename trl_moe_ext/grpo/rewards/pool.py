@@ -9,53 +9,20 @@ import logging
 import queue
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl_moe_ext.grpo.rewards.answers import Answer, RewardTimeoutError
-from trl_moe_ext.grpo.rewards.calls import call_reward
 from trl_moe_ext.grpo.rewards.event_loop import EventLoop
 from trl_moe_ext.grpo.rewards.process import RewardProcess
+from trl_moe_ext.grpo.rewards.runner import InThread, Runner
+from trl_moe_ext.grpo.rewards.sendable import SentFunctions
 
 __all__ = ["RewardPool"]
 
 logger = logging.getLogger(__name__)
-
-
-class _Runner(ABC):
-    """Runs the calls of one thread of the pool, one after another."""
-
-    @abstractmethod
-    def run(self, function: int, arguments: Mapping[str, Any]) -> Answer: ...
-
-    @abstractmethod
-    def close(self) -> None:
-        """From any thread: end a call that is running, if that is possible."""
-
-
-class _InThread(_Runner):
-    def __init__(self, functions: Sequence[Callable[..., Any]], loop: EventLoop, timeout_s: float) -> None:
-        self._functions, self._loop, self._timeout_s = functions, loop, timeout_s
-
-    def run(self, function: int, arguments: Mapping[str, Any]) -> Answer:
-        return call_reward(self._functions[function], arguments, self._loop, self._timeout_s)
-
-    def close(self) -> None:
-        pass
-
-
-class _InProcess(_Runner):
-    def __init__(self, functions: Sequence[Callable[..., Any]], timeout_s: float) -> None:
-        self._process = RewardProcess(functions, timeout_s)
-
-    def run(self, function: int, arguments: Mapping[str, Any]) -> Answer:
-        return self._process.call(function, arguments)
-
-    def close(self) -> None:
-        self._process.kill()
 
 
 @dataclass(eq=False)
@@ -69,7 +36,7 @@ class _Call:
 class _Worker:
     """A thread of the pool; `call` and `began` are of what it is doing, `abandoned` when nobody waits for it."""
 
-    runner: _Runner
+    runner: Runner
     thread: threading.Thread | None = None
     call: _Call | None = None
     began: float = 0.0
@@ -100,10 +67,10 @@ class RewardPool:
         on_done: Callable[[], None],
     ) -> None:
         self._loop = EventLoop()
-        self._make_runner: Callable[[], _Runner] = lambda: _InThread(functions, self._loop, timeout_s)
+        self._make_runner: Callable[[], Runner] = lambda: InThread(functions, self._loop, timeout_s)
         if kind == "process":
-            RewardProcess.check(functions)
-            self._make_runner = lambda: _InProcess(functions, timeout_s)
+            sent = SentFunctions.of(functions)
+            self._make_runner = lambda: RewardProcess(sent, timeout_s)
         # A process is killed by the thread that waits for it; this limit is for where that can't be done.
         self._timeout_s = timeout_s if kind == "thread" else float("inf")
         self._concurrency, self._on_done = concurrency, on_done

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trl_moe_ext.errors import MoeExtError
-from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest
+from trl_moe_ext.grpo.backends.generation import Generation, GenerationRequest
 from trl_moe_ext.grpo.rewards.advantages import GroupScores
 from trl_moe_ext.grpo.rollout.ledger import Ticket
 from trl_moe_ext.grpo.rollout.prompts import Prompt

@@ -93,6 +93,19 @@ class PromptSource:
         """Rows: prompts of an epoch."""
         return len(self._dataset)
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of the prompts depends on; JSON."""
+        return {"rows": len(self), "seed": self._seed, "shuffle": self._shuffle}
+
+    def check_order(self, found: Any) -> None:
+        """Raise ConfigError if a checkpoint that holds `found` counts other prompts."""
+        if found != self.order:
+            raise ConfigError(
+                f"the checkpoint counts prompts of {found}, but this run has {self.order}; resume with the dataset "
+                "and the options that it was begun with"
+            )
+
     def row(self, group_id: int) -> int:
         """The row of the dataset that a group is of."""
         epoch, position = divmod(group_id, len(self))

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from trl_moe_ext.errors import MoeExtError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.protocol import (
-    BackendError,
-    BackendOutOfMemoryError,
-    Generation,
-    GenerationRequest,
-    RolloutBackend,
-)
+from trl_moe_ext.grpo.backends.errors import BackendError, BackendOutOfMemoryError
+from trl_moe_ext.grpo.backends.generation import Generation, GenerationRequest
+from trl_moe_ext.grpo.backends.protocol import RolloutBackend
+from trl_moe_ext.grpo.rollout.back_off import BackOff
+from trl_moe_ext.grpo.rollout.errors import RolloutError
 from trl_moe_ext.grpo.rollout.file import write_rollout_file
+from trl_moe_ext.grpo.rollout.open_requests import OpenRequests
 from trl_moe_ext.grpo.timeline import GENERATOR, Timeline
 
 __all__ = ["RolloutError", "Supervisor"]
 
 logger = logging.getLogger(__name__)
 
-MAX_BACK_OFF_S = 30.0
-
 T = TypeVar("T")
 
 
-class RolloutError(MoeExtError):
-    """No more samples will come; its cause tells why."""
-
-
 class Supervisor:
-    """All calls of a backend go through here, from one thread, but `abort`; the attributes may be read from any.
+    """All calls of a backend go through here: from one thread, but `abort`, `kill` and reading the attributes.
 
     Args:
         max_restarts: in a row, without a finished completion in between.
@@ -52,14 +45,13 @@ class Supervisor:
     def __init__(
         self, backend: RolloutBackend, *, max_restarts: int, max_in_flight: int, output_dir: str, timeline: Timeline
     ) -> None:
-        self._backend, self._max_restarts, self._output_dir = backend, max_restarts, output_dir
+        self._backend, self._output_dir = backend, output_dir
         self._name = type(backend).__name__.removesuffix("Backend").lower()
         self._timeline = timeline
-        self._waiting: deque[GenerationRequest] = deque()
-        self._asked: dict[str, GenerationRequest] = {}
+        self._requests = OpenRequests()
+        self._back_off = BackOff(max_restarts)
         self._up = self._ending = False
-        self._starts = self._failures = 0
-        self._not_before = 0.0
+        self._starts = 0
         self._version: int | None = None
         self.starting, self.started_at = False, 0.0
         self.max_in_flight = max_in_flight
@@ -75,20 +67,20 @@ class Supervisor:
     @property
     def outstanding(self) -> int:
         """Completions that were asked for and are not there."""
-        return len(self._asked) + len(self._waiting)
+        return len(self._requests)
 
     @property
     def generating(self) -> int:
         """Completions that the backend is working on."""
-        return len(self._asked)
+        return self._requests.submitted
 
     def seconds_to_start(self) -> float | None:
         """How long until the backend may be started; None if it is up."""
-        return None if self._up else max(0.0, self._not_before - time.monotonic())
+        return None if self._up else self._back_off.seconds_left()
 
     def ask(self, requests: Sequence[GenerationRequest]) -> None:
         """Have completions generated, as soon as the backend has room for them."""
-        self._waiting.extend(requests)
+        self._requests.add(requests)
 
     def drive(self, adapter: AdapterSnapshot) -> bool:
         """Start the backend if it is down and its time has come, or give it `adapter` if it has another.
@@ -107,10 +99,8 @@ class Supervisor:
 
     def submit(self) -> None:
         """Hand the requests on, as far as the backend has room; raises as `drive` does."""
-        room = self.max_in_flight - len(self._asked) if self._up else 0
-        requests = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        requests = self._requests.submit(self.max_in_flight - self._requests.submitted) if self._up else []
         if requests:
-            self._asked.update((request.id, request) for request in requests)
             self._attempt(lambda: self._backend.submit(requests))
         if self._up:
             self._mark_state()
@@ -122,13 +112,13 @@ class Supervisor:
         """
         if not self._up:
             return []
-        timeout = timeout if self._asked else 0.0
+        timeout = timeout if self._requests.submitted else 0.0
         found = self._attempt(lambda: self._backend.collect(timeout)) or []
-        known = [generation for generation in found if self._asked.pop(generation.id, None) is not None]
+        known = self._requests.finish(found)
         if len(known) < len(found):
             logger.warning("%d completions came that the rollout backend was not asked for", len(found) - len(known))
         if known:
-            self._failures = 0
+            self._back_off.succeeded()
         return known
 
     def abort(self) -> None:
@@ -137,11 +127,22 @@ class Supervisor:
         if self.starting:
             self._backend.abort()
 
+    def kill(self) -> bool:
+        """From any thread: end the process of a backend that does not answer; False if there is none here."""
+        pid = self._backend.pid
+        if pid is None:
+            return False
+        logger.warning("the rollout backend does not answer; its process %d is killed", pid)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError) as error:
+            logger.warning("process %d was not killed: %s", pid, error)
+        return True
+
     def stop(self, state: str = "stopped") -> None:
         """Stop the backend and forget the requests."""
         self._up = False
-        self._asked.clear()
-        self._waiting.clear()
+        self._requests.clear()
         self._backend.stop()
         self._tell(state)
 
@@ -159,21 +160,23 @@ class Supervisor:
             self.started_at = time.monotonic()
             self.starting = False
         if started:
-            self._up, self._version = True, adapter.version
-            self._mark_state()
-            self._tell("running")
+            self._up = True
+            self._runs_with(adapter)
 
     def _load(self, adapter: AdapterSnapshot) -> bool:
         self._timeline.mark(GENERATOR, "loading")
         loaded = self._attempt(lambda: self._backend.load_adapter(adapter) or True)
         if loaded:
-            self._version = adapter.version
-            self._mark_state()
-            self._tell("running")
+            self._runs_with(adapter)
         return bool(loaded)
 
+    def _runs_with(self, adapter: AdapterSnapshot) -> None:
+        self._version = adapter.version
+        self._mark_state()
+        self._tell("running")
+
     def _mark_state(self) -> None:
-        self._timeline.mark(GENERATOR, "generating" if self._asked else "idle")
+        self._timeline.mark(GENERATOR, "generating" if self._requests.submitted else "idle")
 
     def _attempt(self, call: Callable[[], T]) -> T | None:
         """What the backend answers; None if it failed, which is then seen to."""
@@ -185,10 +188,7 @@ class Supervisor:
 
     def _failed(self, error: BackendError) -> None:
         self._up = False
-        self._failures += 1
-        # In the order in which they were asked for, before those that have not been submitted.
-        self._waiting.extendleft(reversed(self._asked.values()))
-        self._asked.clear()
+        self._requests.take_back()
         if self._ending:
             self._backend.stop()
             return
@@ -197,21 +197,7 @@ class Supervisor:
             self.max_in_flight //= 2
             logger.warning("the generator ran out of memory; from now on max_inflight_tasks=%d", self.max_in_flight)
         self._backend.stop()
-        if self._failures > self._max_restarts:
-            raise RolloutError(
-                f"the rollout backend failed {self._failures} times in a row without a completion in between, at last "
-                f"with {type(error).__name__}: {error}. max_rollout_restarts={self._max_restarts} allows no more"
-            ) from error
-        delay = min(2.0 ** (self._failures - 1), MAX_BACK_OFF_S)
-        self._not_before = time.monotonic() + delay
-        logger.warning(
-            "the rollout backend failed and is started again in %g s (%d of max_rollout_restarts=%d): %s: %s",
-            delay,
-            self._failures,
-            self._max_restarts,
-            type(error).__name__,
-            error,
-        )
+        self._back_off.failed(error)
         self._tell("restarting")
 
     def _tell(self, state: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from trl_moe_ext.grpo.rewards.advantages import GroupScores
-from trl_moe_ext.grpo.rollout.supervisor import RolloutError
+from trl_moe_ext.grpo.rollout.errors import RolloutError
 
 __all__ = ["UselessGroups"]
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-import logging
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
 from trl_moe_ext.grpo.backends.protocol import RolloutBackend
-from trl_moe_ext.grpo.rewards.process import check_main_is_guarded
 from trl_moe_ext.grpo.rewards.scoring import Scorer
-from trl_moe_ext.grpo.rollout.admission import Admission
-from trl_moe_ext.grpo.rollout.conductor import Conductor, ConductorOptions
+from trl_moe_ext.grpo.rollout.conductor import Conductor
+from trl_moe_ext.grpo.rollout.errors import RolloutError
+from trl_moe_ext.grpo.rollout.group_flow import GroupFlow
 from trl_moe_ext.grpo.rollout.ledger import Ledger
 from trl_moe_ext.grpo.rollout.metrics import RolloutMetrics
+from trl_moe_ext.grpo.rollout.prompt_room import room_for_prompts
 from trl_moe_ext.grpo.rollout.prompts import PromptSource
 from trl_moe_ext.grpo.rollout.sample_queue import SampleQueue, StopRequested
-from trl_moe_ext.grpo.rollout.supervisor import RolloutError, Supervisor
+from trl_moe_ext.grpo.rollout.supervisor import Supervisor
 from trl_moe_ext.grpo.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -32,16 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RolloutError", "RolloutWorker", "StopRequested"]
 
-logger = logging.getLogger(__name__)
-
-# How long `stop` waits for a thread that is in a call of the backend, before it kills the process that is waited for.
-STOP_TIMEOUT_S = 20.0
 # A backend notices by itself, after heartbeat_stale_after_s, that its process hangs; this many times that is for a
 # backend whose own call never comes back.
 STALE_FACTOR = 3.0
-# Groups in a row without an advantage that are skipped before one is handed on, and without any reward from the start
-# before the run is given up, in steps of the trainer.
-MAX_USELESS_STEPS = 4
 
 
 class RolloutWorker:
@@ -50,10 +40,9 @@ class RolloutWorker:
     Args:
         backend: where completions come from; started and stopped by this worker, and called from its thread only.
         dataset: with a column ``prompt``; the others are arguments of the reward functions.
-        reward_funcs: called once for each group, as TRL calls them.
+        reward_funcs: called once for each group, as TRL calls them; `arguments.reward_functions` has checked them.
         args: `max_inflight_tasks` has been filled in.
         groups_per_step: that one optimizer step takes.
-        output_dir: where rollout.json is written.
         max_length: tokens of prompt and completion that the model can take, as far as its tokenizer does not tell.
 
     Attributes:
@@ -61,8 +50,7 @@ class RolloutWorker:
         metrics_queue: what was measured, for TRL to drain when it logs.
 
     Raises:
-        ConfigError: the dataset, a reward function or an option can't be used; or this process was started by another
-            that runs the same script, and only imports it.
+        ConfigError: the dataset or an option can't be used.
     """
 
     def __init__(
@@ -75,22 +63,20 @@ class RolloutWorker:
         args: AsyncMoeGRPOConfig,
         groups_per_step: int,
         timeline: Timeline,
-        output_dir: str,
         max_length: int | None = None,
     ) -> None:
-        check_main_is_guarded()
-        _check(args, reward_funcs)
+        assert args.max_inflight_tasks > 0, f"max_inflight_tasks={args.max_inflight_tasks} was not filled in"
         # The trainer's thread may use its own at the same time.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._backend, self._args, self._reward_funcs = backend, args, reward_funcs
-        self._groups_per_step, self._timeline, self._output_dir = groups_per_step, timeline, output_dir
+        self._groups_per_step, self._timeline = groups_per_step, timeline
         self._prompts = PromptSource(
             dataset,
             self._tokenizer,
             seed=args.seed,
             shuffle=getattr(args, "shuffle_dataset", True),
             chat_template_kwargs=args.chat_template_kwargs,
-            max_prompt_length=_room_for_prompts(args, tokenizer, max_length),
+            max_prompt_length=room_for_prompts(args, tokenizer, max_length),
         )
         backend.expect_prompts(self._prompts.longest)
         self._wake = threading.Event()
@@ -134,18 +120,8 @@ class RolloutWorker:
     def stop(self) -> None:
         """End generation and rewards, and leave no process or thread behind; again it does nothing."""
         conductor, self._conductor = self._conductor, None
-        if conductor is None or conductor.stop(STOP_TIMEOUT_S):
-            return
-        pid = self._backend.pid
-        if pid is not None:
-            logger.warning("the rollout backend does not answer; its process %d is killed", pid)
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError) as error:
-                logger.warning("process %d was not killed: %s", pid, error)
-            if conductor.stop(STOP_TIMEOUT_S):
-                return
-        logger.error("the rollout backend hangs in a call, and its thread is left behind")
+        if conductor is not None:
+            conductor.stop()
 
     def check_health(self, stale_after_s: float) -> None:
         """Raise RolloutError, with its cause if it has one, if no more samples will come."""
@@ -179,7 +155,7 @@ class RolloutWorker:
 
         ``num_done`` is how many groups were trained on or skipped in the whole run.
         """
-        return {**self._ledger.state(), "num_done": self._ledger.num_done(), "prompts": self._order()}
+        return {**self._ledger.state(), "num_done": self._ledger.num_done(), "prompts": self._prompts.order}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, before `start`.
@@ -189,45 +165,36 @@ class RolloutWorker:
         """
         if self._conductor is not None:
             raise RolloutError("the rollout worker is running already; restore its state before the start")
-        if state.get("prompts") != self._order():
-            raise ConfigError(
-                f"the checkpoint counts prompts of {state.get('prompts')}, but this run has {self._order()}; resume "
-                "with the dataset and the options that it was begun with"
-            )
+        self._prompts.check_order(state.get("prompts"))
         self._ledger.restore(state)
 
-    def wait_live(self, version: int, timeout: float) -> None:
-        """Wait until the generator uses this version of the adapter or a later one.
-
-        Raises:
-            TimeoutError: it does not after `timeout` seconds.
-            RolloutError: it never will.
-        """
-        conductor = self._conductor
-        if conductor is None:
-            raise RolloutError("the rollout worker has not been started")
-        if not conductor.wait_live(version, timeout):
-            self.check_health(float("inf"))
-            raise TimeoutError(f"the generator has no version {version} of the adapter after {timeout:g} s")
-
-    def _order(self) -> dict[str, Any]:
-        """What the order of prompts depends on."""
-        shuffle = getattr(self._args, "shuffle_dataset", True)
-        return {"rows": len(self._prompts), "seed": self._args.seed, "shuffle": shuffle}
-
     def _make_conductor(self, snapshot: AdapterSnapshot) -> Conductor:
-        args = self._args
+        supervisor = self._make_supervisor()
         return Conductor(
+            flow=self._make_flow(supervisor, snapshot.version),
+            supervisor=supervisor,
+            samples=self.rollout_buffer,
+            metrics=self._metrics,
+            timeline=self._timeline,
+            wake=self._wake,
+            adapter=snapshot,
+        )
+
+    def _make_supervisor(self) -> Supervisor:
+        return Supervisor(
+            self._backend,
+            max_restarts=self._args.max_rollout_restarts,
+            max_in_flight=self._args.max_inflight_tasks,
+            output_dir=self._args.output_dir,
+            timeline=self._timeline,
+        )
+
+    def _make_flow(self, supervisor: Supervisor, first_version: int) -> GroupFlow:
+        args = self._args
+        return GroupFlow(
             prompts=self._prompts,
             ledger=self._ledger,
-            admission=Admission(args.max_staleness, self._groups_per_step * args.weight_sync_steps),
-            supervisor=Supervisor(
-                self._backend,
-                max_restarts=args.max_rollout_restarts,
-                max_in_flight=args.max_inflight_tasks,
-                output_dir=self._output_dir,
-                timeline=self._timeline,
-            ),
+            supervisor=supervisor,
             scorer=Scorer(
                 self._reward_funcs,
                 pool_kind=args.reward_pool,
@@ -237,51 +204,8 @@ class RolloutWorker:
             ),
             samples=self.rollout_buffer,
             metrics=self._metrics,
-            timeline=self._timeline,
+            args=args,
+            groups_per_step=self._groups_per_step,
+            first_version=first_version,
             decode=lambda token_ids: str(self._tokenizer.decode(token_ids, skip_special_tokens=True)),
-            wake=self._wake,
-            options=ConductorOptions(
-                num_generations=args.num_generations,
-                seed=args.seed,
-                queue_maxsize=args.queue_maxsize,
-                max_useless_groups=MAX_USELESS_STEPS * self._groups_per_step,
-                skip_zero_advantage=args.skip_zero_advantage,
-                reward_weights=args.reward_weights,
-            ),
-            adapter=snapshot,
         )
-
-
-def _check(args: AsyncMoeGRPOConfig, reward_funcs: list[Callable[..., Any]]) -> None:
-    if not reward_funcs:
-        raise ConfigError("there is no reward function; name one at least")
-    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
-        raise ConfigError(
-            f"reward_weights has {len(args.reward_weights)} weights for {len(reward_funcs)} reward functions; give "
-            "one each"
-        )
-    if args.max_inflight_tasks < 1:
-        raise ConfigError(f"max_inflight_tasks={args.max_inflight_tasks} generates nothing; use 1 or more")
-
-
-def _room_for_prompts(
-    args: AsyncMoeGRPOConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> int | None:
-    """Tokens that a prompt may have; None for any number.
-
-    Raises:
-        ConfigError: completions leave no room at all.
-    """
-    # transformers gives a tokenizer without a limit one of 1e30.
-    limits = [int(tokenizer.model_max_length)] if tokenizer.model_max_length < 1e12 else []
-    limits += [max_length] if max_length is not None else []
-    limits += [args.token_budget] if args.token_budget is not None and args.token_budget > 0 else []
-    if not limits:
-        return None
-    room: int = min(limits) - args.max_completion_length
-    if room < 1:
-        raise ConfigError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt within {min(limits)} "
-            "tokens, the least of what the model, its tokenizer and token_budget allow; lower it"
-        )
-    return room

@@ -14,17 +14,12 @@ from typing import ClassVar, TypeVar
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
+from trl_moe_ext.grpo.backends.errors import BackendDeadError, BackendError
+from trl_moe_ext.grpo.backends.generation import Generation, GenerationRequest
 from trl_moe_ext.grpo.backends.local.options import check_options, setup_of
 from trl_moe_ext.grpo.backends.local.session import Session
 from trl_moe_ext.grpo.backends.local.wire import Arrived, Finished, Message, NewAdapter, NewRequests, Ready
-from trl_moe_ext.grpo.backends.protocol import (
-    BackendContext,
-    BackendDeadError,
-    BackendError,
-    Generation,
-    GenerationRequest,
-    RolloutBackend,
-)
+from trl_moe_ext.grpo.backends.protocol import BackendContext, RolloutBackend
 from trl_moe_ext.router.record_bytes import record_from_bytes
 
 __all__ = ["LocalBackend"]

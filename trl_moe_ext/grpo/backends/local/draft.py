@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl_moe_ext.grpo.backends.protocol import Segment
+from trl_moe_ext.grpo.backends.generation import Segment
 from trl_moe_ext.router.record import RoutingRecord
 
 __all__ = ["Draft"]

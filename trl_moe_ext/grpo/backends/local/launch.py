@@ -25,7 +25,8 @@ __all__ = ["GeneratorProcess", "generator_device", "generator_threads"]
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _OF_LAUNCHERS_BEGIN = ("ACCELERATE_", "FSDP_", "ROLE_", "TORCHELASTIC_")
 _OF_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_PACKAGE_HOME = str(Path(__file__).parents[3])
+# The folder above the package, however deep in it this module is.
+_PACKAGE_HOME = str(Path(__file__).parents[__name__.count(".")])
 
 
 class GeneratorProcess:

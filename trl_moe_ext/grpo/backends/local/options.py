@@ -25,9 +25,7 @@ def check_options(context: BackendContext) -> None:
     Raises:
         ConfigError: it can't, and the option is named.
     """
-    args, sampling = context.args, context.sampling
-    if args.max_inflight_tasks < 1:
-        raise ConfigError(f"max_inflight_tasks={args.max_inflight_tasks} should be 1 or more for the local generator")
+    sampling = context.sampling
     if context.peft_config.is_prompt_learning:
         raise ConfigError(
             f"rollout_backend='local' serves adapters in the layers of the model, and "

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.backends.local.launch import GeneratorProcess
-from trl_moe_ext.grpo.backends.local.wire import Failed, Link, Message, Setup, Stop
-from trl_moe_ext.grpo.backends.protocol import (
+from trl_moe_ext.grpo.backends.errors import (
     BackendDeadError,
     BackendError,
     BackendHungError,
     BackendOutOfMemoryError,
 )
+from trl_moe_ext.grpo.backends.local.launch import GeneratorProcess
+from trl_moe_ext.grpo.backends.local.wire import Failed, Link, Message, Setup, Stop
 
 __all__ = ["Session"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from trl_moe_ext.grpo.backends.protocol import Generation, GenerationRequest, Sampling
+from trl_moe_ext.grpo.backends.generation import Generation, GenerationRequest, Sampling
 
 __all__ = [
     "Alive",

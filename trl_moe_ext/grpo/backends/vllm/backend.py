@@ -7,15 +7,14 @@ ends with the version that it began with: requests name theirs, and vLLM serves 
 from __future__ import annotations
 
 import os
-import queue
 import secrets
 import shlex
 import shutil
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,14 @@ from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.export.skeleton import adapted_skeleton
 from trl_moe_ext.export.vllm import VllmAdapterWriter
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.protocol import (
-    BackendContext,
-    BackendDeadError,
-    BackendError,
-    Generation,
-    GenerationRequest,
-    RolloutBackend,
-)
+from trl_moe_ext.grpo.backends.errors import BackendDeadError, BackendError
+from trl_moe_ext.grpo.backends.generation import Generation, GenerationRequest
+from trl_moe_ext.grpo.backends.protocol import BackendContext, RolloutBackend
 from trl_moe_ext.grpo.backends.vllm.capabilities import ServerNeeds, check_log_probs, check_server
 from trl_moe_ext.grpo.backends.vllm.completions import complete
 from trl_moe_ext.grpo.backends.vllm.flags import ServerOptions
 from trl_moe_ext.grpo.backends.vllm.http import VllmHttp, wait_until_ready
+from trl_moe_ext.grpo.backends.vllm.request_threads import RequestThreads
 from trl_moe_ext.grpo.backends.vllm.server import VllmServer, check_ours
 from trl_moe_ext.grpo.backends.vllm.versions import AdapterVersions
 
@@ -56,8 +51,6 @@ class VllmBackend(RolloutBackend):
             raise ConfigError(
                 "rollout_backend='vllm' does not record routes: leave routing_replay out, or use 'local'"
             )
-        if args.max_inflight_tasks < 1:
-            raise ConfigError(f"max_inflight_tasks={args.max_inflight_tasks} should be at least 1")
         self._args = args
         self._sampling = context.sampling
         self._folder = Path(context.output_dir, "rollout")
@@ -72,9 +65,7 @@ class VllmBackend(RolloutBackend):
         self._server = self._own_server(context) if args.start_vllm else None
         self._aborted = threading.Event()
         self._client = self._connect()  # says what is wrong with the address and the key
-        self._threads: list[threading.Thread] = []
-        self._jobs: queue.Queue[GenerationRequest | None] = queue.Queue()
-        self._results: queue.Queue[Generation | Exception] = queue.Queue()
+        self._requests: RequestThreads | None = None
         self._versions: AdapterVersions | None = None
 
     def _own_server(self, context: BackendContext) -> VllmServer:
@@ -130,46 +121,27 @@ class VllmBackend(RolloutBackend):
         except BaseException:
             self.stop()
             raise
-        self._start_threads(self._client, self._versions)
-
-    def _start_threads(self, client: VllmHttp, versions: AdapterVersions) -> None:
-        # New queues: what a thread of an earlier life still has to say is for nobody.
-        jobs: queue.Queue[GenerationRequest | None] = queue.Queue()
-        results: queue.Queue[Generation | Exception] = queue.Queue()
-        self._jobs, self._results = jobs, results
-
-        def work() -> None:
-            while (request := jobs.get()) is not None:
-                try:
-                    with versions.use() as version:
-                        found = complete(client, versions.model(version), version, request, self._sampling)
-                    results.put(found)
-                except Exception as error:  # `collect` raises it
-                    results.put(error)
-
         count = self._args.max_inflight_tasks if self.max_in_flight is None else self.max_in_flight
-        self._threads = [threading.Thread(target=work, name=f"vllm-{i}", daemon=True) for i in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._requests = RequestThreads(partial(self._complete, self._client, self._versions), count)
+
+    def _complete(self, client: VllmHttp, versions: AdapterVersions, request: GenerationRequest) -> Generation:
+        with versions.use() as version:
+            return complete(client, versions.model(version), version, request, self._sampling)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue the requests: `max_in_flight` of them are at the server at a time."""
+        assert self._requests is not None, "submit comes after start"
         self._check_process()
-        for request in requests:
-            self._jobs.put(request)
+        self._requests.submit(requests)
 
     def collect(self, timeout: float) -> list[Generation]:
         """What has been finished; raises what a request failed with when what was finished has been handed over."""
-        found: list[Generation] = []
-        with suppress(queue.Empty):
-            result = self._results.get(timeout=timeout)
-            while isinstance(result, Generation):
-                found.append(result)
-                result = self._results.get_nowait()
-            if not found:
-                self._check_process()  # knows more of a server that died than who was cut off by it
-                raise result
-            self._results.put(result)
+        assert self._requests is not None, "collect comes after start"
+        try:
+            found = self._requests.collect(timeout)
+        except Exception:
+            self._check_process()  # knows more of a server that died than who was cut off by it
+            raise
         if not found:
             self._check_process()
         return found
@@ -190,11 +162,8 @@ class VllmBackend(RolloutBackend):
     def stop(self) -> None:
         """Give up what is under way, remove the files of the adapter, and end the server if it is ours."""
         self._client.close()
-        for _ in self._threads:
-            self._jobs.put(None)
-        deadline = time.monotonic() + _JOIN_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._requests is not None:
+            self._requests.stop(_JOIN_SECONDS)
         if self._server is not None:
             self._server.stop()
         if self._versions is not None:
@@ -202,7 +171,7 @@ class VllmBackend(RolloutBackend):
             client = self._connect(timeout=_JOIN_SECONDS, retried=False) if self._server is None else None
             with suppress(BackendError, ConfigError):
                 self._versions.remove_all(client)
-        self._threads, self._versions = [], None
+        self._requests = self._versions = None
 
     def _check_process(self) -> None:
         if self._server is not None:

@@ -9,7 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.backends.protocol import BackendError, Sampling
+from trl_moe_ext.grpo.backends.errors import BackendError
+from trl_moe_ext.grpo.backends.generation import Sampling
 from trl_moe_ext.grpo.backends.vllm.flags import RUNTIME_UPDATES, lora_flags
 from trl_moe_ext.grpo.backends.vllm.http import Reply, VllmHttp
 

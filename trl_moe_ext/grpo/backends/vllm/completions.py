@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.backends.protocol import (
-    BackendDeadError,
-    BackendError,
-    BackendOutOfMemoryError,
-    Generation,
-    GenerationRequest,
-    Sampling,
-    Segment,
-)
+from trl_moe_ext.grpo.backends.errors import BackendDeadError, BackendError, BackendOutOfMemoryError
+from trl_moe_ext.grpo.backends.generation import Generation, GenerationRequest, Sampling, Segment
 from trl_moe_ext.grpo.backends.vllm.http import Reply, VllmHttp
 
 __all__ = ["complete", "completion_body"]

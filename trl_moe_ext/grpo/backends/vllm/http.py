@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trl_moe_ext.errors import ConfigError
-from trl_moe_ext.grpo.backends.protocol import BackendDeadError, BackendError, BackendHungError
+from trl_moe_ext.grpo.backends.errors import BackendDeadError, BackendError, BackendHungError
 
 __all__ = ["Reply", "VllmHttp", "is_loopback", "wait_until_ready"]
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.grpo.backends import die_with_parent
-from trl_moe_ext.grpo.backends.protocol import BackendDeadError, BackendOutOfMemoryError
+from trl_moe_ext.grpo.backends.errors import BackendDeadError, BackendOutOfMemoryError
 from trl_moe_ext.grpo.backends.vllm.flags import HOST, RUNTIME_UPDATES, ServerOptions, server_command
 from trl_moe_ext.grpo.backends.vllm.http import is_loopback
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trl_moe_ext.export.vllm import VllmAdapterWriter
 from trl_moe_ext.grpo.adapter_snapshot import AdapterSnapshot
-from trl_moe_ext.grpo.backends.protocol import BackendError
+from trl_moe_ext.grpo.backends.errors import BackendError
 from trl_moe_ext.grpo.backends.vllm.capabilities import ServerNeeds, refuse_load
 from trl_moe_ext.grpo.backends.vllm.http import VllmHttp
 
