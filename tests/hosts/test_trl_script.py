@@ -17,6 +17,7 @@ from trl_moe_ext.reporting.callback import RunSummaryCallback
 from trl_moe_ext.reporting.record_callback import RunRecordCallback
 
 TRL = str(Path(sys.executable).with_name("trl"))
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
 
 
@@ -45,6 +46,22 @@ def test_flags_and_yaml_reach_the_process_that_accelerate_launches(tmp_path: Pat
     assert done.returncode == 1
     assert "ValueError: Either `datasets` or `dataset_name` must be provided." in done.stderr
     assert "trl_moe_ext leaves" not in done.stderr
+
+
+def test_mistakes_that_show_with_the_model_are_told_in_one_line(tmp_path: Path) -> None:
+    options = [
+        "--model_name_or_path",
+        str(QUICKSTART / "model"),
+        "--dataset_name",
+        str(QUICKSTART / "data"),
+        "--use_cpu",
+    ]
+    options += ["--bf16", "false", "--output_dir", "out", "--peft_type", "moe_lora"]
+    done = run([sys.executable, "-m", "trl.scripts.sft", *options, "--moe_target", "shared_experts"], tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("trl sft: error: nothing to adapt: --moe_target=")
+    assert not (tmp_path / "out").exists()
 
 
 def test_torchrun(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trl_moe_ext.hosts import trl as host
 from trl_moe_ext.hosts import trl_grpo_options as grpo_options
 from trl_moe_ext.hosts import trl_sft_options as sft_options
 from trl_moe_ext.hosts.trl_arguments import CONFIG_FIELDS, MoeModelConfig
+from trl_moe_ext.hosts.trl_errors import tell_in_one_line
 from trl_moe_ext.hosts.trl_peft_config import adapter_config
 
 __all__ = ["MoeTrlParser"]
@@ -45,6 +46,7 @@ class MoeTrlParser(TrlParser):  # type: ignore[misc]
             if any(isinstance(output, MoeModelConfig) for output in outputs):
                 host.add_run_summary()
                 host.use_moe_sft_trainer()
+                tell_in_one_line()
                 grpo_options.bound_cache(host.training_script())
         except MoeExtError as error:
             self._refuse(str(error))

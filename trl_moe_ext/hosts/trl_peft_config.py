@@ -16,7 +16,7 @@ from trl_moe_ext.plugins import host
 if TYPE_CHECKING:
     from trl_moe_ext.tuners.targets.options import TargetOptions
 
-__all__ = ["adapter_config"]
+__all__ = ["adapter_config", "in_words_of_the_command"]
 
 # A field of a config in a message, and not the option of the command line that is called the same.
 _FIELD = re.compile(r"(?<![\w-])(" + "|".join(name for name in CONFIG_FIELDS.values() if "_" in name) + r")(?!\w)")
@@ -41,7 +41,7 @@ def adapter_config(model_args: MoeModelConfig) -> TargetOptions:
     try:
         config: TargetOptions = config_cls(**options)
     except ValueError as error:  # ours, and those of PEFT on options that contradict each other
-        raise ConfigError(_in_words_of_the_command(str(error))) from error
+        raise ConfigError(in_words_of_the_command(str(error))) from error
     _check_profile(config)
     return config
 
@@ -82,7 +82,7 @@ def _check_profile(config: TargetOptions) -> None:
         load_profile(config.profile_path)
 
 
-def _in_words_of_the_command(message: str) -> str:
+def in_words_of_the_command(message: str) -> str:
     """``expert_coverage=2`` as ``--moe_expert_coverage=2``, which is what was typed."""
     return _FIELD.sub(lambda found: f"--{_OPTION_OF[found[1]]}", message)
 
