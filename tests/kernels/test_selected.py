@@ -298,6 +298,15 @@ def test_a_device_is_sent_a_selection_once():
     assert some.runs(CPU, [other]) is not some.runs(CPU)
 
 
+def test_what_is_made_in_inference_mode_serves_a_later_step():
+    """Autograd keeps no inference tensor."""
+    some = SelectedExperts((1, 6), 9)
+    with torch.inference_mode():
+        made = some.slots(CPU), some.indices(CPU), *some.runs(CPU)
+    assert not any(tensor.is_inference() for tensor in made)
+    assert some.slots(CPU) is made[0]
+
+
 def test_tensors_of_a_trace_are_not_kept():
     """A fake tensor that stayed would be met by the first real step."""
     some = SelectedExperts((1, 6), 9)

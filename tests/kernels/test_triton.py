@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed; torch for CPUs co
 
 from tests.kernels.cases import Chosen, make_case
 from tests.tolerances import assert_gradient_close, assert_output_close
-from trl_moe_ext.kernels import fused, fused_grouped, on_triton, triton_low_rank, triton_rows
+from trl_moe_ext.kernels import fused, fused_grouped, low_rank_rows, on_triton, triton_low_rank, triton_rows
 from trl_moe_ext.kernels.dispatch import sort_by_expert
 from trl_moe_ext.kernels.gates import GATES, Gate
 from trl_moe_ext.kernels.reference import experts_mlp_reference
@@ -46,6 +46,13 @@ def test_gate_and_its_backward(name):
     assert_gradient_close(d_h, expected, torch.float32, "h")
     assert_gradient_close(d_w, expected_w, torch.float32, "weights")
     assert triton_rows.gated_backward(gate, h, d_a.clone(), None)[2] is None
+
+
+@pytest.fixture(autouse=True)
+def _nan_where_nothing_was_written():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -126,6 +133,19 @@ def test_outer_products_of_the_rows_of_some_experts(dispatch, some, sizes):
     rows = [slice(bounds[expert], bounds[expert + 1]) for expert in some.experts.experts]
     expected = torch.stack([left[each].double().T @ right[each].double() for each in rows])
     assert_gradient_close(products, expected, torch.float32, "factor")
+
+
+def test_rows_whose_columns_lie_apart_are_left_to_torch(dispatch, some, monkeypatch):
+    monkeypatch.setattr(on_triton, "takes", lambda rows: True)
+    rows, A = torch.randn(N, T * K).t(), torch.randn(2, R, N)
+    factor = some.runs.spread(A).mT
+    found, expected = (low_rank_rows.project(each, factor, *some.groups) for each in (rows, rows.contiguous()))
+    served = int(dispatch.offsets[-1])
+    assert_output_close(found[:served], expected[:served].double(), torch.float32)
+    u = torch.randn(R, T * K).t()
+    products = low_rank_rows.outer(u, rows, *some.groups)
+    expected = low_rank_rows.outer(u.contiguous(), rows.contiguous(), *some.groups)
+    assert_gradient_close(some.runs.collect(products), some.runs.collect(expected).double(), torch.float32, "factor")
 
 
 CLASSES = (Chosen((0, 3, 7, 8)), Chosen((2, 11), r=12))

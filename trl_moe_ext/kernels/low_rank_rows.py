@@ -31,7 +31,7 @@ def project(rows: Tensor, factor: Tensor, offsets: Tensor, has_update: Tensor | 
         offsets: ``(E,)`` int32, the end of each group's rows.
         has_update: ``(E,)`` bool; the factors of the others have to be zero. None for all.
     """
-    if has_update is not None and (triton := _triton(rows, factor.shape[2])):
+    if has_update is not None and (triton := _triton(factor.shape[2], rows)):
         u: Tensor = triton.project(rows, factor, offsets, has_update)
         return u
     return grouped_mm(rows, factor, offsets, zero_tail=False)
@@ -46,7 +46,7 @@ def add_low_rank(rows: Tensor, u: Tensor, factor: Tensor, offsets: Tensor, has_u
         factor: ``(E, r, n)`` likewise, any strides.
         offsets, has_update: see `project`.
     """
-    if triton := _triton(rows, factor.shape[1]):
+    if triton := _triton(factor.shape[1], rows, u):
         triton.add_low_rank(rows, u, factor, offsets, has_update)
     else:
         rows += grouped_mm(u, factor, offsets)
@@ -60,15 +60,17 @@ def outer(left: Tensor, right: Tensor, offsets: Tensor, has_update: Tensor | Non
         right: ``(S, n)`` in the same dtype; m or n is a rank.
         offsets, has_update: see `project`.
     """
-    if has_update is not None and (triton := _triton(left, min(left.shape[1], right.shape[1]))):
+    if has_update is not None and (triton := _triton(min(left.shape[1], right.shape[1]), left, right)):
         products: Tensor = triton.outer(left, right, offsets, has_update)
         return products
     return grouped_outer(left, right, offsets)
 
 
-def _triton(rows: Tensor, rank: int) -> ModuleType | None:
-    """The module of Triton kernels, if it can take these rows and this rank."""
-    if not on_triton.takes(rows) or rank * rows.element_size() > _LARGEST_RANK_BYTES:
+def _triton(rank: int, *rows: Tensor) -> ModuleType | None:
+    """The module of Triton kernels, if it can take this rank and these rows, with columns side by side."""
+    if not all(on_triton.takes(each) and each.stride(-1) == 1 for each in rows):
+        return None
+    if rank * rows[0].element_size() > _LARGEST_RANK_BYTES:
         return None
     from trl_moe_ext.kernels import triton_low_rank
 

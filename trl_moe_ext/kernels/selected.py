@@ -5,9 +5,9 @@ Legend: E experts of the stack, G of them selected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Runs(NamedTuple):
         return per_run.index_select(0, self.of_selected)
 
 
+_Made = TypeVar("_Made")
 # The device, and what else stands alone.
 _Key = tuple[torch.device, tuple[tuple[int, ...], ...]]
 
@@ -74,15 +75,15 @@ class SelectedExperts:
         if _is_traced():
             return self._make_slots(device)
         if device not in self._slots:
-            self._slots[device] = self._make_slots(device)
+            self._slots[device] = _to_keep(self._make_slots, device)
         return self._slots[device]
 
     def indices(self, device: torch.device) -> Tensor:
         """``(G,)`` int64: the experts themselves."""
         if _is_traced():
-            return torch.tensor(self.experts, device=device)
+            return self._make_indices(device)
         if device not in self._indices:
-            self._indices[device] = torch.tensor(self.experts, device=device)
+            self._indices[device] = _to_keep(self._make_indices, device)
         return self._indices[device]
 
     def runs(self, device: torch.device, others: Sequence[SelectedExperts] = ()) -> Runs:
@@ -91,7 +92,7 @@ class SelectedExperts:
         if _is_traced():
             return self._make_runs(device, alone)
         if (device, alone) not in self._runs:
-            self._runs[device, alone] = self._make_runs(device, alone)
+            self._runs[device, alone] = _to_keep(self._make_runs, device, alone)
         return self._runs[device, alone]
 
     def is_apart_from(self, other: SelectedExperts) -> bool:
@@ -102,6 +103,9 @@ class SelectedExperts:
         place = {expert: slot for slot, expert in enumerate(self.experts)}
         return torch.tensor([place.get(expert, len(self)) for expert in range(self.num_experts)], device=device)
 
+    def _make_indices(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.experts, device=device)
+
     def _make_runs(self, device: torch.device, others: tuple[tuple[int, ...], ...]) -> Runs:
         alone = {*self.experts}.union(*others)
         ends = alone | {expert - 1 for expert in alone} | {self.num_experts - 1}
@@ -110,6 +114,12 @@ class SelectedExperts:
         of_selected = [run_of[expert] for expert in self.experts]
         is_alone = [expert in alone for expert in last]
         return Runs(*(torch.tensor(each, device=device) for each in (last, of_selected, is_alone)))
+
+
+def _to_keep(make: Callable[..., _Made], *arguments: object) -> _Made:
+    """What is made in inference mode could not be kept for a backward pass by a later step."""
+    with torch.inference_mode(False):
+        return make(*arguments)
 
 
 def _is_traced() -> bool:

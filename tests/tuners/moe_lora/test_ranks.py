@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from tests.families import build
 from tests.tuners.selection.made import save_profile
@@ -38,6 +38,33 @@ def test_an_expert_keeps_its_own_rank_and_the_others_share_the_rest(selection, o
     assert ranks_of(model, FIRST) == {0: 3} | expected
     assert ranks_of(model, SECOND) == ranks_by_share(SHARES, range(8), RANK)
     assert expected != {e: r for e, r in ranks_of(model, SECOND).items() if e}, "its budget is for the others alone"
+
+
+OVERLAPPING = [
+    ({f"{FIRST}.0": 3, r"experts\.\d+": 5}, {0: 3}),
+    ({r"experts\.\d+": 5, f"{FIRST}.0": 3}, {0: 3}),
+    ({"layers.0.mlp.experts.0": 3, r"experts\.\d+": 5}, {0: 3}),
+    ({r"experts\.\d+": 5, "layers.0.mlp.experts.0": 3}, {}),
+    ({r"layers\.0\..*experts\.[01]": 3, r"experts\.\d+": 5}, {0: 3, 1: 3}),
+]
+
+
+@pytest.mark.parametrize(("entries", "others"), OVERLAPPING)
+def test_a_full_name_counts_before_expressions_and_of_these_the_first(entries, others, tmp_path):
+    """In the file too, where they are sorted."""
+    expected = dict.fromkeys(range(8), 5) | others
+    model = adapted(rank_pattern=entries)
+    assert ranks_of(model, FIRST) == expected
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        model.save_pretrained(folder)
+        model = PeftModel.from_pretrained(build("qwen3_moe"), folder)
+        assert ranks_of(model, FIRST) == expected
+
+
+def test_a_full_name_of_an_expert_that_is_not_selected_is_refused_beside_an_expression():
+    entries = {f"{FIRST}.5": 3, r"experts\.\d+": 5}
+    with pytest.raises(ConfigError, match=r"names expert 5 .* which is not selected"):
+        adapted(selected_experts={FIRST: [0, 2], SECOND: [1]}, rank_pattern=entries)
 
 
 def test_own_ranks_for_all_leave_none_by_share(selection):

@@ -54,6 +54,8 @@ class MoeEsftExperts(AdaptedExperts, EsftLayer):
             if p.bias is not None:
                 shapes[p.bias] = (len(selected), p.out_features)
         self.selections[adapter_name] = selected
+        if adapter_name in self.esft_selected:  # of an adapter of the same name, which this one replaces
+            del self.esft_selected[adapter_name]
         if len(selected) < num_experts:
             self.esft_selected[adapter_name] = SelectedIndices({"experts": selected})
         self.esft_delta[adapter_name] = Deltas(shapes, self._frozen_stack())

@@ -11,6 +11,8 @@ from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.kernels.registry import Kernel
 from trl_moe_ext.plugins import host
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
+from trl_moe_ext.tuners.moe_lora.factors import rank_classes
+from trl_moe_ext.tuners.targets.resolve import Targets
 
 
 def kernel_of(config: MoeLoraConfig, selects: bool) -> Callable[..., Tensor]:
@@ -38,6 +40,15 @@ def kernel_of(config: MoeLoraConfig, selects: bool) -> Callable[..., Tensor]:
             "not offer the choice; leave it out, or use kernel 'fused'"
         )
     return kernel.experts_mlp
+
+
+def check_kernel(config: MoeLoraConfig, targets: Targets) -> None:
+    """Raise what `kernel_of` would, and what is wrong with a rank, before anything of the model is replaced."""
+    for name in targets.experts:
+        layout = targets.anatomy.layouts[name]
+        classes = rank_classes(config.expert_r or config.r, targets.expert_ranks.get(name), layout.num_experts)
+        if not layout.takes_rows:
+            kernel_of(config, any(each.selected is not None for each in classes))
 
 
 def words_of(config: MoeLoraConfig) -> str:

@@ -91,9 +91,9 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
         _refuse_meaningless(self)
         super().__post_init__()
         self.peft_type = PeftType.MOE_LORA
-        # Written by the tuner for each model. Beside `rank_pattern` and no field: a copy with other options would
-        # take what an earlier use has found for the user's own ranks.
-        self.ranks_by_share: dict[str, int] = {}
+        # Full name of an expert -> its rank, written by the tuner for each model. Beside `rank_pattern` and no field:
+        # a copy with other options would take what an earlier use has found for the user's own ranks.
+        self.settled_ranks: dict[str, int] = {}
         self.check_targets()
         check_words("save_activations", [self.save_activations], ACTIVATION_WORDS)
         check_words("expert_rank", [self.expert_rank], EXPERT_RANKS)
@@ -148,7 +148,7 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
         saved: dict[str, Any] = super().to_dict()
         for name in ("kernel", "save_activations"):
             saved.pop(name, None)
-        ranks = {**self.rank_pattern, **self.ranks_by_share}
+        ranks = {**self.rank_pattern, **self.settled_ranks}
         return saved | {"rank_pattern": ranks, "saved_with": f"trl_moe_ext {__version__}"}
 
 

@@ -72,6 +72,9 @@ class MoeLoraExperts(AdaptedExperts, LoraLayer):  # type: ignore[misc]
         """Create the factors of an adapter: A random, B zero, so that the output does not change."""
         if r < 1:
             raise ConfigError(f"the rank on experts is {r}; use an integer of at least 1")
+        for of_adapters in (self.lora_selected, self.lora_router_bias):
+            if adapter_name in of_adapters:  # of an adapter of the same name, which this one replaces
+                del of_adapters[adapter_name]
         adapted = [p for p in self.layout.projections if self._is_adapted(p, config)]
         experts = self.layout.num_experts
         classes = rank_classes(r, getattr(config, "expert_ranks", None), experts)  # what the targets found

@@ -12,6 +12,7 @@ from torch import nn
 from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.experts.reading import read_layout
 from trl_moe_ext.tuners.experts_tuner import ExpertsTuner
+from trl_moe_ext.tuners.moe_lora.adapter_kernels import check_kernel
 from trl_moe_ext.tuners.moe_lora.biased_routers import bias_sizes, hook_biased_routers
 from trl_moe_ext.tuners.moe_lora.config import MoeLoraConfig
 from trl_moe_ext.tuners.moe_lora.layer import MoeLoraExperts
@@ -42,6 +43,7 @@ class MoeLoraModel(ExpertsTuner, LoraModel):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> MoeLoraConfig:
         super()._prepare_adapter_config(peft_config, model_config)
         targets: Targets = peft_config.resolved
+        check_kernel(peft_config, targets)
         # What the user named stays in the saved config, expert stacks too; `_inject_parameters` leaves those out.
         peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *targets.parameters}) or None
         for_peft = copy.copy(peft_config)

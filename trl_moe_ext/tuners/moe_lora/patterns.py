@@ -10,7 +10,8 @@ class ExpertPatterns:
     """The entries of a `rank_pattern` that name experts, such as ``layers.3.mlp.experts.17``.
 
     A model has thousands of experts, and ranks by share an entry for each: full names are looked up, and only what is
-    none is tried as PEFT tries it, as a regular expression for the end of a name.
+    none is tried as PEFT tries it, as a regular expression for the end of a name. A full name counts before all
+    others, and of those the first.
 
     Args:
         patterns: `rank_pattern`.
@@ -24,19 +25,17 @@ class ExpertPatterns:
         self.others = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns if key not in self._exact}
         self._used: set[str] = set()
 
-    def key(self, module: str, expert: int) -> str | None:
-        """The entry that names an expert; what is no full name comes first."""
+    def keys(self, module: str, expert: int) -> list[str]:
+        """The entries that name an expert; the first one counts."""
         name = f"{module}.{expert}"
-        key = next((key for key, regex in self.others.items() if regex.match(name)), None)
-        if key is None and name in self._exact:
-            key = name
-        if key is not None:
-            self._used.add(key)
-        return key
+        keys = [name] if name in self._exact else []
+        keys += [key for key, regex in self.others.items() if regex.match(name)]
+        self._used.update(keys)
+        return keys
 
     def ranks(self, module: str, experts: Sequence[int]) -> dict[int, int]:
         """Those of `experts` that have a rank of their own."""
-        return {e: self._patterns[key] for e in experts if (key := self.key(module, e)) is not None}
+        return {expert: self._patterns[keys[0]] for expert in experts if (keys := self.keys(module, expert))}
 
     def without_experts(self, modules: Sequence[str]) -> dict[str, int]:
         """The entries that name no expert that was looked up, or one of `modules` as well."""

@@ -18,7 +18,7 @@ from trl_moe_ext.tuners.targets.tied import TiedNames
 
 
 def settle_ranks(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> dict[str, int]:
-    """Write the ranks of experts into `targets`, and those by share into the config's `ranks_by_share`.
+    """Write the ranks of experts into `targets`, and into the config's `settled_ranks` what is to be saved of them.
 
     Args:
         config: of the adapter.
@@ -38,17 +38,21 @@ def settle_ranks(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> d
     patterns = ExpertPatterns(config.rank_pattern, sizes)
     for name, experts in trained.items():
         _refuse_untrained(patterns, name, experts, sizes[name])
-    config.ranks_by_share = _by_share(config, targets, patterns, trained)
-    patterns = ExpertPatterns(config.rank_pattern | config.ranks_by_share, sizes)
+    by_share = _by_share(config, targets, patterns, trained)
+    patterns = ExpertPatterns(config.rank_pattern | by_share, sizes)
+    ranks = {name: patterns.ranks(name, experts) for name, experts in trained.items()}
+    # A file does not keep the order of the entries, by which one of two that name an expert counts.
+    config.settled_ranks = {f"{name}.{expert}": rank for name in ranks for expert, rank in ranks[name].items()}
     for name in targets.experts:
-        own = patterns.ranks(name, trained[name])
+        own = ranks[name]
         if own or len(trained[name]) < sizes[name]:
             rank = _rank_of_module(config, patterns, name)
             targets.expert_ranks[name] = {expert: own.get(expert, rank) for expert in trained[name]}
     for name in (name for name in targets.expert_linears if targets.anatomy.expert_linears[name] in sizes):
         container = targets.anatomy.expert_linears[name]
-        for rank in patterns.ranks(container, [expert_of(modules, container, name)]).values():
-            targets.linear_ranks[name] = rank
+        expert = expert_of(modules, container, name)
+        if expert in ranks[container]:
+            targets.linear_ranks[name] = ranks[container][expert]
     _refuse_differing(config, targets, patterns, TiedNames({name: modules[name] for name in targets.experts}))
     return patterns.without_experts([*targets.experts, *targets.expert_linears, *targets.linears])
 
@@ -102,13 +106,12 @@ def _by_share(
 
 def _refuse_untrained(patterns: ExpertPatterns, module: str, trained: Sequence[int], num_experts: int) -> None:
     """Raise ConfigError for an entry of which the module trains no expert that it names."""
-    keys = {expert: key for expert in range(num_experts) if (key := patterns.key(module, expert)) is not None}
-    of_trained = {keys[expert] for expert in trained if expert in keys}
-    for expert in keys.keys() - {*trained}:
-        if keys[expert] not in of_trained:
+    of_trained = {key for expert in trained for key in patterns.keys(module, expert)}
+    for expert in sorted({*range(num_experts)} - {*trained}):
+        for key in (key for key in patterns.keys(module, expert) if key not in of_trained):
             raise ConfigError(
-                f"rank_pattern names expert {expert} of {module!r} ({keys[expert]!r}), which is not selected; leave "
-                "it out, or select the expert"
+                f"rank_pattern names expert {expert} of {module!r} ({key!r}), which is not selected; leave it out, or "
+                "select the expert"
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from peft import PeftModel
 from torch import nn
 
 from trl_moe_ext.errors import ConfigError
@@ -47,6 +48,15 @@ def read_uses(config: ExpertSelectionOptions, model: nn.Module, tied: TiedNames)
     profile = load_profile(config.profile_path)
     check_profile(profile, model)
     return uses_of_modules(profile, tied)
+
+
+def refuse_nested(config: ExpertSelectionOptions, model: nn.Module) -> None:
+    """Raise ConfigError for a choice of experts on a PeftModel: their names are those in the model below it."""
+    if config.selects_experts and isinstance(model, PeftModel):
+        raise ConfigError(
+            "the model is a PeftModel already, in which the experts have other names than in the model that was "
+            "profiled; use model.add_adapter(NAME, config) for a second adapter, or model.unload() before"
+        )
 
 
 def uses_of_modules(profile: ExpertProfile, tied: TiedNames) -> dict[str, LayerUse]:

@@ -14,7 +14,7 @@ from trl_moe_ext.errors import ConfigError, LayoutError
 from trl_moe_ext.experts.anatomy import Anatomy, read_anatomy
 from trl_moe_ext.experts.layout import check_dtypes
 from trl_moe_ext.experts.probe import check_reading
-from trl_moe_ext.tuners.selection.profiled import Uses, read_uses
+from trl_moe_ext.tuners.selection.profiled import Uses, read_uses, refuse_nested
 from trl_moe_ext.tuners.selection.resolve import Selection, is_trained, selected_experts, tell_of_unchosen
 from trl_moe_ext.tuners.targets import words
 from trl_moe_ext.tuners.targets.blocks import check_block
@@ -70,6 +70,7 @@ def resolve_targets(config: TargetOptions, model: Any) -> Targets:
         ConfigError: a word matches nothing, or nothing at all would be adapted.
         LayoutError: the model has experts that cannot be read or adapted: they would stay untrained.
     """
+    refuse_nested(config, model)
     modules = dict(base_modules(model))
     anatomy = read_anatomy(modules.items())
     if anatomy.unread_experts and words.wants_experts(config):
