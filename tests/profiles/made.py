@@ -15,7 +15,7 @@ def layer_use(shares: Sequence[float], label: str = "0", gate_score: Sequence[fl
         router=f"model.layers.{label}.mlp.gate",
         experts=(f"model.layers.{label}.mlp.experts",),
         top_k=2,
-        tokens=100,
+        tokens=1000,
         token_share=tuple(shares),
         gate_score=tuple(shares if gate_score is None else gate_score),
         fingerprint=(0.5, -1.25),
@@ -25,7 +25,7 @@ def layer_use(shares: Sequence[float], label: str = "0", gate_score: Sequence[fl
 def profile_of(*layers: Sequence[float]) -> ExpertProfile:
     """A profile with the given token shares of each layer."""
     uses = tuple(layer_use(shares, str(number)) for number, shares in enumerate(layers))
-    return ExpertProfile("some/model", "SomeForCausalLM", "some data", 100, uses, {"x.experts": "a reason"})
+    return ExpertProfile("some/model", "SomeForCausalLM", "some data", 1000, uses, {"x.experts": "a reason"})
 
 
 def set_routers(model: nn.Module, scale: float) -> None:

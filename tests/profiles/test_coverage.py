@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
 from tests.profiles.made import layer_use, profile_of
 from trl_moe_ext.profiles.coverage import coverage_curve, coverage_of, judgement, mean_curve, quarter
 from trl_moe_ext.profiles.plots import save_profile_plot
+from trl_moe_ext.profiles.profile import ExpertProfile
 
 
 def test_a_curve_by_hand():
@@ -49,6 +52,14 @@ def test_the_judgement(layers, gets, equal, words):
     told = judgement(profile_of(*layers))
     assert f"quarter of the experts gets {gets} of the choices of experts; with equal use it would be {equal}." in told
     assert words in told
+
+
+def test_few_tokens_tell_nothing():
+    """With equal use too, chance makes a hot set of them."""
+    few = ExpertProfile("m", "M", "d", 1, (replace(layer_use([1.0, *[0.0] * 7]), tokens=1),), {})
+    told = judgement(few)
+    assert "gets 100% of the choices" in told
+    assert "too few to tell whether there is a hot set: profile more tokens" in told
 
 
 def test_one_expert_is_no_choice():

@@ -21,6 +21,7 @@ from trl_moe_ext.reporting.adapted import adapted_parts
 from trl_moe_ext.reporting.record_callback import RunRecordCallback
 from trl_moe_ext.reporting.run_record import RECORD_FILE, Mark, RunRecord, Session, TrainedPart
 from trl_moe_ext.reporting.run_recorder import RunRecorder
+from trl_moe_ext.router.history import HISTORY_FILE
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 
@@ -213,6 +214,16 @@ def test_a_new_run_in_an_old_directory_starts_anew(tmp_path, model, clock):
         run.end()
     assert read(tmp_path).wall_seconds == 20
     assert len(read(tmp_path).sessions) == 1
+
+
+def test_the_routing_of_an_earlier_run_is_none_of_a_new_one(tmp_path, model, clock):
+    """Which may have no router; the page of a run shows what stands beside its record."""
+    history = tmp_path / HISTORY_FILE
+    history.write_text("of the earlier run")
+    Run(tmp_path, model, clock, [{"step": 4}])
+    assert history.exists(), "a run that goes on has it"
+    Run(tmp_path, model, clock)
+    assert not history.exists()
 
 
 def test_a_damaged_record_does_not_stop_a_resume(tmp_path, model, clock):

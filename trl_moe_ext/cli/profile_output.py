@@ -47,6 +47,8 @@ def training_command(
         out: file of the profile.
         trust_remote_code: whether the model comes with code of its own.
     """
+    from transformers.utils import is_torch_bf16_gpu_available
+
     from trl_moe_ext.cli.build_model import model_directory
     from trl_moe_ext.profiles.coverage import quarter
 
@@ -62,6 +64,8 @@ def training_command(
         *("--moe_experts_per_layer", str(quarter(max(layer.num_experts for layer in found.layers)))),
         *("--output_dir", f"out/{Path(directory).resolve().name}"),
         *(["--trust_remote_code"] if trust_remote_code else []),
+        # TRL trains in bfloat16 unless it is told not to, and stops where there is no accelerator for it.
+        *([] if is_torch_bf16_gpu_available() else ["--bf16", "false"]),
     ]
 
 

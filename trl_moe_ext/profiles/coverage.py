@@ -18,6 +18,9 @@ __all__ = ["LayerCoverage", "coverage_curve", "coverage_of", "judgement", "mean_
 # How many times their equal part the most used quarter of the experts gets. No paper draws these lines; the numbers
 # behind the judgement are told with it.
 _HOT, _EVEN = 2.0, 1.4
+# Choices that fell on an expert on average, below which nothing is judged. With equal use the most used quarter then
+# gets some 1.2 times its part by chance alone: 1.27 standard deviations, of a relative 1 / sqrt(40).
+_ENOUGH_CHOICES = 40
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,12 @@ def judgement(profile: ExpertProfile, score: str = "token_share") -> str:
     )
     if all(layer.num_experts == 1 for layer in found):
         return "Every layer has one expert: there is nothing to choose."
+    choices = min(layer.tokens * layer.top_k / layer.num_experts for layer in profile.layers)
+    if choices < _ENOUGH_CHOICES:
+        return (
+            f"{numbers} That is of {choices:.1f} choices for each expert, too few to tell whether there is a hot set: "
+            "profile more tokens."
+        )
     if gets >= min(_HOT * equal, (1 + equal) / 2):
         return f"{numbers} There is a hot set: training only those experts leaves little of the data out."
     if gets >= min(_EVEN * equal, (1 + equal) / 2):

@@ -16,6 +16,7 @@ from trl_moe_ext.errors import ConfigError
 from trl_moe_ext.reporting import run_facts
 from trl_moe_ext.reporting.adapted import adapted_parts
 from trl_moe_ext.reporting.run_record import RECORD_FILE, Mark, RunRecord, Session, TrainedPart
+from trl_moe_ext.router.history import HISTORY_FILE
 
 __all__ = ["RunRecorder"]
 
@@ -109,9 +110,16 @@ class RunRecorder:
 
 
 def _earlier(directory: Path, step: int) -> RunRecord:
-    """The record of the steps up to `step`, empty for a new run and where there is none that can be read."""
+    """The record of the steps up to `step`, empty for a new run and where there is none that can be read.
+
+    What an earlier run in the directory tells of its router is no part of a new one.
+    """
     file = directory / RECORD_FILE
-    if step == 0 or not file.is_file():
+    if step == 0:
+        # An earlier run in the same place may have had a router, and this one none.
+        (directory / HISTORY_FILE).unlink(missing_ok=True)
+        return RunRecord()
+    if not file.is_file():
         return RunRecord()
     try:
         record = RunRecord.load(file)

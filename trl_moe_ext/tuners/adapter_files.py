@@ -121,8 +121,10 @@ def _refuse_unless_fitting(adapter_name: str, problems: dict[str, list[str]], is
         )
     if told:
         raise AdapterFileError(
-            f"adapter {adapter_name!r} is not for this model: " + "; ".join(told) + ". Load it on the model that "
-            "base_model_name_or_path in its adapter_config.json names, or check that the file is complete"
+            f"adapter {adapter_name!r} is not for this model, or was trained with other options: "
+            + "; ".join(told)
+            + ". Load it on the model that base_model_name_or_path in its adapter_config.json names; to go on with "
+            "its training give the peft_type, targets and ranks that stand there; or check that the file is complete"
         )
 
 

@@ -72,6 +72,18 @@ def test_own_ranks_for_all_leave_none_by_share(selection):
         adapted(expert_selection=selection, expert_rank="by_share", rank_pattern={r"experts\.\d+": 3})
 
 
+def test_equal_ranks_by_share_are_told(tmp_path):
+    even = save_profile(build("qwen3_moe"), "qwen3_moe", tmp_path / "profile.json", [0.125] * 8)
+    with pytest.warns(UserWarning, match="gives all experts the same rank"):
+        adapted(expert_selection=even, expert_rank="by_share")
+
+
+@pytest.mark.parametrize("rank", [0, 4.5, "8"])
+def test_what_is_no_rank_is_refused(rank):
+    with pytest.raises(ConfigError, match=r"rank_pattern\['experts.0'\]=.* is not a rank"):
+        adapted(rank_pattern={"experts.0": rank})
+
+
 def test_the_rank_of_a_module_is_the_mean_of_its_ranks_by_share(selection):
     model = adapted(expert_selection=selection, expert_rank="by_share", rank_pattern={"layers.0.mlp.experts": 16})
     assert ranks_of(model, FIRST) == ranks_by_share(SHARES, range(8), 16)

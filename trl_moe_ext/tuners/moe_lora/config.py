@@ -112,6 +112,9 @@ class MoeLoraConfig(TargetOptions, LoraConfig):  # type: ignore[misc]
             rank = getattr(self, name)
             if rank is not None and (not isinstance(rank, int) or rank < 1):
                 raise ConfigError(f"{name}={rank!r} is not a rank; use an integer of at least 1")
+        for name, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank_pattern[{name!r}]={rank!r} is not a rank; use an integer of at least 1")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
         if not self.moe_target and not self.target_modules and not self.target_parameters:

@@ -98,6 +98,12 @@ def _by_share(
             "expert_rank='by_share' has no effect: rank_pattern has a rank for every expert that is trained, or the "
             "profile has the use of none of them. Leave it out"
         )
+    if len({*found.values()}) == 1:
+        warnings.warn(
+            "expert_rank='by_share' gives all experts the same rank: their use differs by less than its steps, which "
+            "are powers of two",
+            stacklevel=2,
+        )
     unknown = sorted(trained.keys() - targets.uses.keys())
     if unknown:
         warnings.warn(f"the profile has no use of {some_of(unknown)}: no ranks by share there", stacklevel=2)

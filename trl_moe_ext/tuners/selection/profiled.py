@@ -33,7 +33,8 @@ def load_profile(path: Path) -> ExpertProfile:
             raise
         raise ConfigError(
             f"{error}. An earlier run has what it chose in its adapter_config.json: to train the same experts without "
-            "the profile give selected_experts from there in its place, and rank_pattern where ranks came from it"
+            "the profile give selected_experts from there in its place, in Python, and rank_pattern where ranks came "
+            "from it"
         ) from error
 
 
