@@ -84,6 +84,12 @@ def test_what_is_no_rank_is_refused(rank):
         adapted(rank_pattern={"experts.0": rank})
 
 
+@pytest.mark.parametrize("key", [f"{FIRST}.8", "layers.0.mlp.experts.99"])
+def test_the_rank_of_an_expert_that_there_is_not_is_refused(key):
+    with pytest.raises(ConfigError, match=r"rank_pattern names .* has 8 experts \(the first is 0\)"):
+        adapted(rank_pattern={key: 4})
+
+
 def test_the_rank_of_a_module_is_the_mean_of_its_ranks_by_share(selection):
     model = adapted(expert_selection=selection, expert_rank="by_share", rank_pattern={"layers.0.mlp.experts": 16})
     assert ranks_of(model, FIRST) == ranks_by_share(SHARES, range(8), 16)

@@ -35,6 +35,7 @@ def settle_ranks(config: MoeLoraConfig, targets: Targets, model: nn.Module) -> d
     modules = dict(base_modules(model))
     sizes = sizes_of_experts(targets.anatomy, modules)
     trained = _trained_experts(targets, modules, sizes)
+    _refuse_beyond(config.rank_pattern, sizes)
     patterns = ExpertPatterns(config.rank_pattern, sizes)
     for name, experts in trained.items():
         _refuse_untrained(patterns, name, experts, sizes[name])
@@ -108,6 +109,17 @@ def _by_share(
     if unknown:
         warnings.warn(f"the profile has no use of {some_of(unknown)}: no ranks by share there", stacklevel=2)
     return found
+
+
+def _refuse_beyond(rank_pattern: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError for an entry that names an expert which its module does not have."""
+    for key in rank_pattern:
+        module, _, expert = key.rpartition(".")
+        if module and expert.isdecimal():
+            for name in (name for name in sizes if f".{name}".endswith(f".{module}") and int(expert) >= sizes[name]):
+                raise ConfigError(
+                    f"rank_pattern names {key!r}, and {name!r} has {sizes[name]} experts (the first is 0)"
+                )
 
 
 def _refuse_untrained(patterns: ExpertPatterns, module: str, trained: Sequence[int], num_experts: int) -> None:
