@@ -217,7 +217,7 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 # What transformers renamed and TRL still uses, and what moe_lora says of dense models.
-EXPECTED = f"gradient_checkpointing` is deprecated|{NO_EXPERTS}"
+EXPECTED = f"gradient_checkpointing` is deprecated|{NO_EXPERTS}|gives all experts the same rank"
 # Kind -> options beyond those of the other runs, and rows of the summary with their modules.
 COMMANDS = {
     "mistral": (("--lora_target_modules", "all-linear"), {"attention": "8", "dense MLP": "6"}),

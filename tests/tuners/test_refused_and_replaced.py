@@ -55,6 +55,7 @@ def test_a_refused_second_adapter_can_be_tried_again(monkeypatch, tmp_path):
     check_file(model, tmp_path, "second")
 
 
+@pytest.mark.filterwarnings("ignore:(Already found|You are trying to modify)")
 def test_experts_are_not_chosen_through_another_adapter():
     """Their names would begin with ``base_model.model``."""
     model = get_peft_model(build("qwen3_moe"), MoeLoraConfig(r=4))
