@@ -1,4 +1,4 @@
-"""Starts a module of the tests in several processes, and leaves none of them behind."""
+"""Starts a module of the tests in several processes, ends each of them, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
 
 _REPOSITORY = Path(__file__).parents[1]
 _TIMEOUT = 300  # seconds; two imports of trl on two busy cores take one minute
@@ -30,6 +33,15 @@ def torchrun(module: str, *arguments: str, processes: int = 2, env: Mapping[str,
         finally:
             _end_group(launcher.pid)
     assert launcher.returncode == 0, output
+
+
+def save_and_leave(seen: Any, folder: Path) -> NoReturn:
+    """What each process does at its end: keep what it has seen under its rank, and go when all have done so."""
+    torch.save(seen, folder / f"{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    # Gloo's threads can keep a process from ending.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _end_group(leader: int) -> None:

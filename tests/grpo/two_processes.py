@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-import torch
-import torch.distributed
 from peft import get_peft_model_state_dict
 
 from tests.grpo.trainer_runs import make_trainer
+from tests.torchrun import save_and_leave
 
 
 def run(folder: Path, batch_size: int) -> dict[str, object]:
@@ -39,11 +37,7 @@ def run(folder: Path, batch_size: int) -> dict[str, object]:
 
 def main(folder: Path) -> None:
     # One folder: only the main process writes into it.
-    torch.save(run(folder / "run", 4), folder / f"{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    # Gloo's threads can keep a process from ending.
-    sys.stdout.flush()
-    os._exit(0)
+    save_and_leave(run(folder / "run", 4), folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
 from tests.sft.runs import TOKENIZER, losses, rows, settings
+from tests.torchrun import save_and_leave
 from trl_moe_ext import MoeEsftConfig, MoeLoraConfig, MoeSFTConfig, MoeSFTTrainer
 from trl_moe_ext.tuners.selection.indices import SelectedIndices
 
@@ -115,11 +115,7 @@ def main(folder: Path) -> None:
         case: run(case, folder, folder / "resumed" / case, resume=str(folder / "two" / case / "checkpoint-2"), batch=4)
         for case in RESUMED
     }
-    torch.save(seen, folder / f"{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    # Gloo's threads can keep a process from ending.
-    sys.stdout.flush()
-    os._exit(0)
+    save_and_leave(seen, folder)
 
 
 if __name__ == "__main__":

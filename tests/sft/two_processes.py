@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 
 from tests.sft.runs import logged, rows, sft, train
+from tests.torchrun import save_and_leave
 from trl_moe_ext import MoeLoraConfig, MoeSFTTrainer
 from trl_moe_ext.tuners.moe_lora import router_biases
 
@@ -61,11 +62,7 @@ def main(folder: Path) -> None:
     rank = os.environ["RANK"]
     done = {name: run(folder / rank, options) for name, options in CASES.items()}
     done["unreduced"] = run(folder / rank, CASES["at once"] | {"trainer": Unreduced})
-    torch.save(done, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    # Gloo's threads can keep a process from ending.
-    sys.stdout.flush()
-    os._exit(0)
+    save_and_leave(done, folder)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,8 +41,6 @@ class Runs(NamedTuple):
 
 
 _Made = TypeVar("_Made")
-# The device, and what else stands alone.
-_Key = tuple[torch.device, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,8 @@ class SelectedExperts:
 
     experts: tuple[int, ...]
     num_experts: int
-    # What is selected never changes, so a device is sent it once.
-    _slots: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _indices: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _runs: dict[_Key, Runs] = field(default_factory=dict, repr=False, compare=False)
+    # What is selected never changes, so a device is sent it once: the method that makes it and its arguments -> made.
+    _kept: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.experts, self.experts[1:], strict=False))
@@ -72,32 +68,31 @@ class SelectedExperts:
 
     def slots(self, device: torch.device) -> Tensor:
         """``(E,)`` int64: the place of each expert among the selected; G for one that is not."""
-        if _is_traced():
-            return self._make_slots(device)
-        if device not in self._slots:
-            self._slots[device] = _to_keep(self._make_slots, device)
-        return self._slots[device]
+        return self._once(self._make_slots, device)
 
     def indices(self, device: torch.device) -> Tensor:
         """``(G,)`` int64: the experts themselves."""
-        if _is_traced():
-            return self._make_indices(device)
-        if device not in self._indices:
-            self._indices[device] = _to_keep(self._make_indices, device)
-        return self._indices[device]
+        return self._once(self._make_indices, device)
 
     def runs(self, device: torch.device, others: Sequence[SelectedExperts] = ()) -> Runs:
         """The runs of experts; those of `others`, which have none in common with these, stand alone as well."""
-        alone = tuple(other.experts for other in others)
-        if _is_traced():
-            return self._make_runs(device, alone)
-        if (device, alone) not in self._runs:
-            self._runs[device, alone] = _to_keep(self._make_runs, device, alone)
-        return self._runs[device, alone]
+        return self._once(self._make_runs, device, tuple(other.experts for other in others))
 
     def is_apart_from(self, other: SelectedExperts) -> bool:
         """Whether both have no expert in common."""
         return not {*self.experts} & {*other.experts}
+
+    def _once(self, make: Callable[..., _Made], *arguments: Any) -> _Made:
+        """What `make` gives for these arguments, made at the first call."""
+        if _is_traced():
+            return make(*arguments)
+        key = (make.__name__, *arguments)
+        if key not in self._kept:
+            # What is made in inference mode could not be kept for a backward pass by a later step.
+            with torch.inference_mode(False):
+                self._kept[key] = make(*arguments)
+        made: _Made = self._kept[key]
+        return made
 
     def _make_slots(self, device: torch.device) -> Tensor:
         place = {expert: slot for slot, expert in enumerate(self.experts)}
@@ -114,12 +109,6 @@ class SelectedExperts:
         of_selected = [run_of[expert] for expert in self.experts]
         is_alone = [expert in alone for expert in last]
         return Runs(*(torch.tensor(each, device=device) for each in (last, of_selected, is_alone)))
-
-
-def _to_keep(make: Callable[..., _Made], *arguments: object) -> _Made:
-    """What is made in inference mode could not be kept for a backward pass by a later step."""
-    with torch.inference_mode(False):
-        return make(*arguments)
 
 
 def _is_traced() -> bool:

@@ -36,6 +36,9 @@ class RunRecorder:
 
     def __init__(self, args: Any, state: TrainerState, model: nn.Module) -> None:
         self.directory = Path(args.output_dir)
+        if state.global_step == 0:
+            # An earlier run in the same place may have had a router, and this one none.
+            (self.directory / HISTORY_FILE).unlink(missing_ok=True)
         self.record = _earlier(self.directory, state.global_step)
         self._describe(args, model)
         last = self.record.marks[-1] if self.record.marks else Mark(state.global_step, 0.0, 0)
@@ -110,16 +113,9 @@ class RunRecorder:
 
 
 def _earlier(directory: Path, step: int) -> RunRecord:
-    """The record of the steps up to `step`, empty for a new run and where there is none that can be read.
-
-    What an earlier run in the directory tells of its router is no part of a new one.
-    """
+    """The record of the steps up to `step`, empty for a new run and where there is none that can be read."""
     file = directory / RECORD_FILE
-    if step == 0:
-        # An earlier run in the same place may have had a router, and this one none.
-        (directory / HISTORY_FILE).unlink(missing_ok=True)
-        return RunRecord()
-    if not file.is_file():
+    if step == 0 or not file.is_file():
         return RunRecord()
     try:
         record = RunRecord.load(file)

@@ -113,13 +113,16 @@ def _by_share(
 
 def _refuse_beyond(rank_pattern: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     """Raise ConfigError for an entry that names an expert which its module does not have."""
+    last: dict[str, int] = {}  # ranks by share are an entry for each of thousands of experts, of few modules
     for key in rank_pattern:
         module, _, expert = key.rpartition(".")
         if module and expert.isdecimal():
-            for name in (name for name in sizes if f".{name}".endswith(f".{module}") and int(expert) >= sizes[name]):
-                raise ConfigError(
-                    f"rank_pattern names {key!r}, and {name!r} has {sizes[name]} experts (the first is 0)"
-                )
+            last[module] = max(last.get(module, 0), int(expert))
+    for module, largest in last.items():
+        for name in (name for name in sizes if f".{name}".endswith(f".{module}") and largest >= sizes[name]):
+            raise ConfigError(
+                f"rank_pattern names '{module}.{largest}', and {name!r} has {sizes[name]} experts (the first is 0)"
+            )
 
 
 def _refuse_untrained(patterns: ExpertPatterns, module: str, trained: Sequence[int], num_experts: int) -> None:
